@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class LLMTasksConfig(AppConfig):
+    name = "llmtasks"
+    verbose_name = "LLM tasks"

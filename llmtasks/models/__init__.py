@@ -1,0 +1,42 @@
+"""The tables: who asks (tenancy), what is configured (config), work, money."""
+
+from llmtasks.models.config import Config, Provider, ProviderModel, Route, RouteCandidate
+from llmtasks.models.money import Adjustment, Attempt, CostState, Price
+from llmtasks.models.tenancy import ApiKey, Scope, Tenant
+from llmtasks.models.work import (
+    FINAL,
+    IdempotencyKey,
+    Kind,
+    Lane,
+    Mode,
+    OnUnknown,
+    Status,
+    Task,
+    TaskPayload,
+    Worker,
+)
+
+__all__ = [
+    "FINAL",
+    "Adjustment",
+    "ApiKey",
+    "Attempt",
+    "Config",
+    "CostState",
+    "IdempotencyKey",
+    "Kind",
+    "Lane",
+    "Mode",
+    "OnUnknown",
+    "Price",
+    "Provider",
+    "ProviderModel",
+    "Route",
+    "RouteCandidate",
+    "Scope",
+    "Status",
+    "Task",
+    "TaskPayload",
+    "Tenant",
+    "Worker",
+]

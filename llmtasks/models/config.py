@@ -1,0 +1,136 @@
+"""What operators configure: vendor accounts, their models, and the names that clients use."""
+
+import re
+
+from django.core.exceptions import ValidationError
+from django.core.validators import MinValueValidator, RegexValidator, URLValidator
+from django.db import models
+
+from providers import registry
+
+CREDENTIAL = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)\Z")
+
+
+def validate_credential(value: str) -> None:
+    if not CREDENTIAL.match(value):
+        raise ValidationError(
+            "Give a reference, env:NAME or file:/path, never the key itself.", code="credential"
+        )
+
+
+class Provider(models.Model):
+    """A vendor account that we call. Its name is part of queue names, and so never changes."""
+
+    name = models.CharField(
+        max_length=40,
+        unique=True,
+        validators=[RegexValidator(r"^[a-z][a-z0-9-]*\Z", "Lower-case letters, digits and -.")],
+    )
+    adapter = models.CharField(max_length=40, help_text="compatible, anthropic, openai, vllm …")
+    base_url = models.CharField(
+        max_length=500, validators=[URLValidator(schemes=["http", "https"])]
+    )
+    credential = models.CharField(
+        max_length=500,
+        blank=True,
+        validators=[validate_credential],
+        help_text="env:NAME or file:/path: where the vendor's key is found, never the key itself.",
+    )
+    options = models.JSONField(default=dict, blank=True)
+    price_family = models.CharField(
+        max_length=60,
+        blank=True,
+        help_text="Whose prices hold (openai, anthropic, azure …); empty: the provider's own name.",
+    )
+    is_paused = models.BooleanField(
+        default=False, help_text="On: queued work waits; inline work goes to the next candidate."
+    )
+    connect_timeout_s = models.FloatField(default=5.0, validators=[MinValueValidator(0.1)])
+    read_timeout_s = models.FloatField(default=120.0, validators=[MinValueValidator(0.1)])
+    total_timeout_s = models.FloatField(default=600.0, validators=[MinValueValidator(0.1)])
+
+    class Meta:
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def clean(self) -> None:
+        if self.adapter not in registry.adapters():
+            known = ", ".join(sorted(registry.adapters()))
+            raise ValidationError({"adapter": f"Unknown adapter; there are {known}."})
+        try:
+            registry.check_options(self.adapter, self.options)
+        except (ValueError, TypeError) as error:
+            raise ValidationError({"options": str(error)}) from None
+
+
+class ProviderModel(models.Model):
+    """A model as its vendor names it, at one provider."""
+
+    provider = models.ForeignKey(Provider, models.CASCADE, related_name="models")
+    name = models.CharField(max_length=200)
+    context_window = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Tokens; decides where a prompt goes that is too long."
+    )
+    max_output_tokens = models.PositiveIntegerField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("provider__name", "name")
+        constraints = (
+            models.UniqueConstraint(fields=("provider", "name"), name="model_once_per_provider"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.provider.name}/{self.name}"
+
+
+class Route(models.Model):
+    """A model name that clients use; its candidates are tried in order."""
+
+    class Kind(models.TextChoices):
+        CHAT = "chat", "chat"
+        EMBEDDING = "embedding", "embedding"
+
+    name = models.CharField(max_length=100, unique=True)
+    kind = models.CharField(max_length=16, choices=Kind, default=Kind.CHAT)
+    is_active = models.BooleanField(default=True)
+
+    class Meta:
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class RouteCandidate(models.Model):
+    route = models.ForeignKey(Route, models.CASCADE, related_name="candidates")
+    position = models.PositiveSmallIntegerField(default=0)
+    model = models.ForeignKey(ProviderModel, models.PROTECT, related_name="candidacies")
+
+    class Meta:
+        ordering = ("position", "id")
+        constraints = (
+            models.UniqueConstraint(fields=("route", "model"), name="candidate_once_per_route"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.route.name} → {self.model}"
+
+
+class Config(models.Model):
+    """One row. A trigger raises `version` on every change of configuration, keys or prices, and
+    every process's pulse reads it: an edit is in force everywhere within a second."""
+
+    id = models.SmallIntegerField(primary_key=True, default=1)
+    version = models.BigIntegerField(default=1)
+    # The dispatcher's lease: one leader; `epoch` counts leaderships.
+    leader = models.UUIDField(null=True, blank=True)
+    leader_until = models.DateTimeField(null=True, blank=True)
+    epoch = models.BigIntegerField(default=0)
+
+    class Meta:
+        verbose_name_plural = "config"
+
+    def __str__(self) -> str:
+        return f"version {self.version}"

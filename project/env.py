@@ -1,0 +1,59 @@
+"""Settings from the environment: typed, with a default and one line of explanation each.
+
+Every name that was asked for stands in `KNOWN`, from which the docs are checked. A value that
+can't be read raises `ImproperlyConfigured` with the name in its message.
+"""
+
+import os
+from dataclasses import dataclass
+
+from django.core.exceptions import ImproperlyConfigured
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    default: str
+    about: str
+
+
+KNOWN: dict[str, Setting] = {}
+
+
+def text(name: str, default: str, about: str) -> str:
+    KNOWN[name] = Setting(name, default, about)
+    return os.environ.get(name, "").strip() or default
+
+
+def boolean(name: str, default: bool, about: str) -> bool:
+    value = text(name, "1" if default else "0", about).lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"0", "false", "no", "off"}:
+        return False
+    raise ImproperlyConfigured(f"{name} is {value!r}: give 1 or 0")
+
+
+def integer(name: str, default: int, about: str, *, least: int = 0) -> int:
+    return int(number(name, default, about, least=least, kind=int))
+
+
+def seconds(name: str, default: float, about: str, *, least: float = 0.0) -> float:
+    return number(name, default, about, least=least, kind=float)
+
+
+def number(
+    name: str, default: float, about: str, *, least: float, kind: type[int] | type[float]
+) -> float:
+    value = text(name, str(default), about)
+    try:
+        parsed = kind(value)
+    except ValueError:
+        raise ImproperlyConfigured(f"{name} is {value!r}: give a number") from None
+    if parsed < least:
+        raise ImproperlyConfigured(f"{name} is {value}: give {least} or more")
+    return parsed
+
+
+def csv(name: str, default: str, about: str) -> list[str]:
+    return [item.strip() for item in text(name, default, about).split(",") if item.strip()]
