@@ -7,6 +7,7 @@ from django.core.exceptions import ImproperlyConfigured
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
+from llmtasks.stores import TimedConnection
 from project import env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -111,6 +112,7 @@ def database(url: str) -> dict[str, Any]:
             "options": "-c statement_timeout=30s -c lock_timeout=10s"
             " -c idle_in_transaction_session_timeout=60s",
             "pool": {
+                "connection_class": TimedConnection,
                 "min_size": 1,
                 "max_size": DB_POOL_SIZE,
                 # How long a thread waits for a connection: Postgres away is told within it.

@@ -1,0 +1,60 @@
+"""The two stores: Postgres through Django's pool, Redis through one client per process.
+
+A connection to Postgres is held for statements only: whoever is about to wait for a vendor
+calls `release()` first, so that a small pool serves hundreds of threads.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import psycopg
+import redis
+from django.conf import settings
+from django.db import connection
+
+# Longer than any statement_timeout: only a server that froze is cut off here.
+POSTGRES_WAIT_S = 35.0
+REDIS_TIMEOUT_S = 2.0
+
+
+class TimedConnection(psycopg.Connection[Any]):
+    """A connection none of whose waits lasts for ever: libpq itself has no read timeout."""
+
+    wait_s = POSTGRES_WAIT_S
+
+    def wait(self, gen: Any, interval: float = 0.5, timeout: float | None = None) -> Any:
+        try:
+            return super().wait(gen, interval, timeout or self.wait_s)
+        except psycopg.errors._WaitTimeout:
+            # Its state is unknown now; the pool throws a closed connection away.
+            self.pgconn.finish()
+            raise psycopg.OperationalError("Postgres gave no answer in time") from None
+
+
+def fetch(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+    """Run one prepared statement and return its rows. Raises `django.db.Error`s."""
+    with connection.wrap_database_errors:
+        connection.ensure_connection()
+        with psycopg.Cursor(connection.connection) as cursor:
+            cursor.execute(sql, params, prepare=True)
+            return cursor.fetchall() if cursor.description else []
+
+
+def release() -> None:
+    """Give this thread's connection back to the pool."""
+    if not connection.in_atomic_block:
+        connection.close()
+
+
+@cache
+def redis_client() -> redis.Redis:
+    """The process's client. Commands are tried once more after a lost connection, so that every
+    command and script sent through it must be safe to run twice."""
+    return redis.Redis.from_url(
+        settings.REDIS_URL,
+        socket_timeout=REDIS_TIMEOUT_S,
+        socket_connect_timeout=1.0,
+        health_check_interval=30,
+        max_connections=200,
+    )
