@@ -1,0 +1,61 @@
+"""What every test stands on: the environment that the settings are read from, and services.
+
+Unit tests need no service. The others get a Postgres and a Valkey of their own through
+`make test`; under xdist each process has its own database and its own Redis database number.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+HAS_SERVICES = bool(os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL"))
+NEED_SERVICES = {"integration", "acceptance", "chaos", "benchmarks"}
+
+
+def redis_url_of_worker(url: str, worker: str) -> str:
+    """The URL with a database number of its own for each xdist process (gw0 → 1, gw1 → 2)."""
+    number = int(worker.removeprefix("gw")) + 1 if worker else 0
+    return re.sub(r"(?:/\d*)?$", f"/{number}", url, count=1)
+
+
+# Before Django's settings are loaded, which pytest-django does once this module is imported.
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
+os.environ.setdefault("SECRET_KEY", "tests-only-" + 40 * "x")
+if HAS_SERVICES:
+    os.environ["REDIS_URL"] = redis_url_of_worker(
+        os.environ["REDIS_URL"], os.environ.get("PYTEST_XDIST_WORKER", "")
+    )
+
+
+def folder_of(item: pytest.Item) -> str:
+    """The folder below tests/ that a test stands in."""
+    parts = Path(item.path).relative_to(Path(__file__).parent).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in {
+        "acceptance": "drives real processes from outside",
+        "chaos": "kills processes and servers",
+        "slow": "takes more than a few seconds",
+    }.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = folder_of(item)
+        if folder in {"acceptance", "chaos"}:
+            item.add_marker(folder)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if folder_of(item) in NEED_SERVICES and not HAS_SERVICES:
+        pytest.fail(
+            "needs Postgres and Redis: run `make test`, which starts its own"
+            ' (make test ARGS="tests/integration -k name"),'
+            " or set DATABASE_URL and REDIS_URL",
+            pytrace=False,
+        )
