@@ -131,7 +131,7 @@ class Unsupported(ProviderError):
     try_next = True
 
 
-class Dropped(Exception):  # noqa: N818 - not a vendor's error: we hung up
+class Dropped(Exception):
     """The call was ended from our side; `reason` says why (`cancel`, `deadline`, `lease`, …)."""
 
     def __init__(self, reason: str) -> None:

@@ -138,7 +138,8 @@ class Usage:
     """Tokens by kind. The kinds never overlap, so that the total is their sum.
 
     `input_tokens` is uncached input; `output_tokens` is output without `reasoning_tokens`
-    (a vendor that does not tell them apart leaves reasoning at 0).
+    (a vendor that does not tell them apart leaves reasoning at 0). `cache_write_5m_tokens` are
+    writes of the vendor's standard lifetime (5 minutes at Anthropic, 30 at OpenAI).
     """
 
     input_tokens: int = 0
