@@ -3,17 +3,25 @@
 An adapter is pure functions (to wire, from wire, from stream, usage) beside these I/O methods.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from providers.http import Exchange
 from providers.types import (
+    Done,
     EmbeddingRequest,
     EmbeddingResponse,
     Request,
     Response,
     StreamEvent,
+    Text,
+    TextDelta,
+    Thinking,
+    ThinkingDelta,
+    ToolCall,
+    ToolCallDelta,
 )
 
 
@@ -34,12 +42,47 @@ class Account:
     total_timeout: float = 600.0
 
 
+class Option(NamedTuple):
+    """One key of `Account.options`: what it must be, in words and as a test."""
+
+    wanted: str
+    valid: Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` can stand in a header or a query as it is."""
+    return isinstance(value, str) and re.fullmatch(r"[ -~]{1,500}", value) is not None
+
+
+# Headers that carry the credential or belong to the transport: rows are stored in clear.
+_RESERVED_HEADERS = frozenset(
+    {
+        "authorization", "api-key", "x-api-key", "cookie", "proxy-authorization", "host",
+        "connection", "content-length", "content-type", "transfer-encoding", "accept-encoding",
+    }
+)  # fmt: skip
+
+
+def _is_headers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str)
+        and re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name) is not None
+        and name.lower() not in _RESERVED_HEADERS
+        and is_text(text)
+        for name, text in value.items()
+    )
+
+
+HEADERS = Option("an object of header names and texts, none of them a credential", _is_headers)
+
+
 class Provider:
     """An adapter bound to an account. Thread-safe: it holds no state of a call."""
 
     supports_chat: ClassVar[bool] = True
     supports_streaming: ClassVar[bool] = True
     supports_embeddings: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Option]] = {"headers": HEADERS}
 
     def __init__(self, account: Account) -> None:
         self.account = account
@@ -66,3 +109,17 @@ class Provider:
     def embed(self, request: EmbeddingRequest, exchange: Exchange) -> EmbeddingResponse:
         """Embed the inputs. Raises as `complete` does."""
         raise NotImplementedError
+
+
+def as_stream(response: Response) -> Iterator[StreamEvent]:
+    """A whole answer as the stream that would have built it."""
+    index = 0
+    for part in response.parts:
+        if isinstance(part, Thinking) and part.text:
+            yield ThinkingDelta(text=part.text)
+        elif isinstance(part, Text) and part.text:
+            yield TextDelta(text=part.text)
+        elif isinstance(part, ToolCall):
+            yield ToolCallDelta(index=index, id=part.id, name=part.name, arguments=part.arguments)
+            index += 1
+    yield Done(response=response)
