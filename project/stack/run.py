@@ -64,6 +64,8 @@ def follow(command: list[str], servers: Servers) -> int:
         "REDIS_URL": servers.redis_url,
         "LLMTASKS_TEST": "1",
     }
+    # Importing `project` set it; pytest would load the settings before tests/conftest.py.
+    environment.pop("DJANGO_SETTINGS_MODULE", None)
     try:
         process = subprocess.Popen(command, env=environment, preexec_fn=processes.before_exec)
     except OSError as error:
