@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import django
 import pytest
 
 HAS_SERVICES = bool(os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL"))
@@ -20,13 +21,14 @@ def redis_url_of_worker(url: str, worker: str) -> str:
     return re.sub(r"(?:/\d*)?$", f"/{number}", url, count=1)
 
 
-# Before Django's settings are loaded, which pytest-django does once this module is imported.
+# Before Django's settings are loaded, below.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
 os.environ.setdefault("SECRET_KEY", "tests-only-" + 40 * "x")
 if HAS_SERVICES:
     os.environ["REDIS_URL"] = redis_url_of_worker(
         os.environ["REDIS_URL"], os.environ.get("PYTEST_XDIST_WORKER", "")
     )
+django.setup()
 
 
 def folder_of(item: pytest.Item) -> str:
