@@ -1,26 +1,26 @@
 """What llmtasks itself refuses or gives up, as one tree.
 
-    ApiError                    rendered by `api/errors.py`, in the shape of the door it came through
-    ├── InvalidInput            400: `param` names the field, the message says what to do
-    ├── NotAuthenticated        401
-    ├── NotAllowed              403
-    ├── NotFound                404: also for what belongs to another tenant
-    ├── Conflict                409: the task's state, or a key still in use
-    ├── BodyTooLarge            413
-    ├── KeyReused               422: an Idempotency-Key with another body
-    ├── Unavailable             503: something that we need is away; `retry_after` says when
-    │   └── NoProvider          no candidate of the route can be called now
-    └── TooManyWatchers         503: this process serves all the event streams that it may
+ApiError                    rendered by `api/errors.py`, in the shape of the door it came through
+├── InvalidInput            400: `param` names the field, the message says what to do
+├── NotAuthenticated        401
+├── NotAllowed              403
+├── NotFound                404: also for what belongs to another tenant
+├── Conflict                409: the task's state, or a key still in use
+├── BodyTooLarge            413
+├── KeyReused               422: an Idempotency-Key with another body
+├── Unavailable             503: something that we need is away; `retry_after` says when
+│   └── NoProvider          no candidate of the route can be called now
+└── TooManyWatchers         503: this process serves all the event streams that it may
 
-    TaskError                   how a task ended, beside the vendor's errors (`providers.errors`)
-    ├── DeadlineExceeded        its one deadline passed
-    ├── Interrupted             the process died that ran it inline, or `on_unknown` is `fail`
-    ├── Cancelled               somebody asked for it
-    ├── ClientLeft              the caller hung up while it ran inline
-    └── InternalError           a fault of ours, logged with its trace
+TaskError                   how a task ended, beside the vendor's errors (`providers.errors`)
+├── DeadlineExceeded        its one deadline passed
+├── Interrupted             the process died that ran it inline, or `on_unknown` is `fail`
+├── Cancelled               somebody asked for it
+├── ClientLeft              the caller hung up while it ran inline
+└── InternalError           a fault of ours, logged with its trace
 
-    Lost                        the row is no longer ours: somebody else owns it, we leave
-    Snooze                      not now: the task goes back to waiting until `not_before`
+Lost                        the row is no longer ours: somebody else owns it, we leave
+Snooze                      not now: the task goes back to waiting until `not_before`
 """
 
 from typing import ClassVar
@@ -138,11 +138,11 @@ class InternalError(TaskError):
     """A fault of ours."""
 
 
-class Lost(Exception):  # noqa: N818 - not a failure: someone else owns the row
+class Lost(Exception):
     """A conditional UPDATE changed no row: the task is no longer ours."""
 
 
-class Snooze(Exception):  # noqa: N818 - not a failure: the task waits
+class Snooze(Exception):
     """The task goes back to waiting for `seconds`; no worker is held meanwhile."""
 
     def __init__(self, seconds: float) -> None:

@@ -4,10 +4,12 @@ A connection to Postgres is held for statements only: whoever is about to wait f
 calls `release()` first, so that a small pool serves hundreds of threads.
 """
 
+import select
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import orjson
 import psycopg
 import redis
 from django.conf import settings
@@ -30,6 +32,20 @@ class TimedConnection(psycopg.Connection[Any]):
             # Its state is unknown now; the pool throws a closed connection away.
             self.pgconn.finish()
             raise psycopg.OperationalError("Postgres gave no answer in time") from None
+
+    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        # The pool's check before it hands a connection out is an empty statement. One on whose
+        # socket nothing arrived while it was idle was not closed: that saves the round trip.
+        if query == "" and not has_input(self.pgconn.socket):
+            return self.cursor()
+        return super().execute(query, *args, **kwargs)
+
+
+def has_input(fd: int) -> bool:
+    """Whether a read would not block: on an idle connection, its end."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def fetch(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
@@ -58,3 +74,8 @@ def redis_client() -> redis.Redis:
         health_check_interval=30,
         max_connections=200,
     )
+
+
+def loads(value: Any) -> Any:
+    """A jsonb value as `fetch` gives it: Django has psycopg leave it as text."""
+    return orjson.loads(value) if isinstance(value, str | bytes) else value

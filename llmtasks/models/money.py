@@ -123,7 +123,9 @@ class Attempt(models.Model):
         indexes = (
             models.Index(fields=("tenant", "id"), name="attempt_by_tenant"),
             models.Index(fields=("provider", "id"), name="attempt_by_provider"),
-            models.Index(fields=("task",), name="attempt_open", condition=~models.Q(state="settled")),
+            models.Index(
+                fields=("task",), name="attempt_open", condition=~models.Q(state="settled")
+            ),
         )
 
     def __str__(self) -> str:

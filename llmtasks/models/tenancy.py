@@ -60,7 +60,9 @@ class ApiKey(models.Model):
         return f"{self.name} (lt_{self.prefix}_…)"
 
     @classmethod
-    def issue(cls, tenant: Tenant, name: str, secret: str = "", **fields: object) -> "tuple[ApiKey, str]":
+    def issue(
+        cls, tenant: Tenant, name: str, secret: str = "", **fields: object
+    ) -> "tuple[ApiKey, str]":
         """A new, unsaved key and its secret text, which is never to be had again.
 
         `secret` (for a seed that must be repeatable) is a whole `lt_<prefix>_<secret>` text.

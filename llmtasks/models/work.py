@@ -105,6 +105,8 @@ class Task(models.Model):
     metadata = models.JSONField(default=dict, blank=True)
     request_id = models.CharField(max_length=100, blank=True)
     on_unknown = models.CharField(max_length=5, choices=OnUnknown, default=OnUnknown.RETRY)
+    # Whether deltas are published while it runs in a worker.
+    streams = models.BooleanField(default=False)
 
     created_at = models.DateTimeField(db_default=Now())
     run_at = models.DateTimeField(null=True, blank=True)
@@ -139,6 +141,11 @@ class Task(models.Model):
     parent_id = models.UUIDField(null=True, blank=True)
     retry_of = models.UUIDField(null=True, blank=True)
 
+    # What an unsaved task carries until it is written: the request as JSON text, and the row of
+    # its Idempotency-Key.
+    body: bytes = b""
+    key_row: "IdempotencyKey | None" = None
+
     class Meta:
         ordering = ("-id",)
         permissions = (("view_bodies", "Can read prompts and answers"),)
@@ -155,11 +162,7 @@ class Task(models.Model):
                 name="task_under_way",
                 condition=Q(status__in=("queued", "running")),
             ),
-            models.Index(
-                fields=("owner_id",),
-                name="task_cancel_asked",
-                condition=Q(status="running", cancel_requested_at__isnull=False),
-            ),
+            models.Index(fields=("owner_id",), name="task_owned", condition=Q(status="running")),
             models.Index(
                 fields=("deadline",),
                 name="task_deadline",

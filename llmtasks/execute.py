@@ -1,0 +1,198 @@
+"""Running a task: claim → run its kind → finish. Inline, streamed and queued work alike."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from socket import socket
+from typing import Any
+from uuid import UUID
+
+from django.db import IntegrityError, OperationalError
+
+from llmtasks import bodies, call, events, ledger, pulse, queues, stores
+from llmtasks.call import AnyRequest, AnyResponse, Context, Reset
+from llmtasks.errors import (
+    ApiError,
+    Conflict,
+    InternalError,
+    Lost,
+    NotFound,
+    Snooze,
+    TaskError,
+    Unavailable,
+)
+from llmtasks.ledger import ClockTimestamp
+from llmtasks.models import FINAL, Status, Task
+from llmtasks.telemetry import task_id_var
+from providers.errors import ProviderError
+from providers.types import StreamEvent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished inline task, its answer where there is one, and a warning for the caller (the
+    answer is not stored yet). A failure stands in the task's `error_*` fields."""
+
+    task: Task
+    response: AnyResponse | None
+    warning: str = ""
+
+
+def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None) -> Outcome:
+    """Run an unsaved inline task to its end, in this thread.
+
+    What went wrong with the work is in the outcome. Raises `ApiError`s for what keeps the work
+    from being begun: `Unavailable` (Postgres is away), `Conflict` (its Idempotency-Key).
+    """
+    context = inline_context(task, client=client_socket)
+    response = None
+    try:
+        with told_to_caller():
+            response = call.complete(request, context)
+    except (ProviderError, TaskError, Lost) as error:
+        conclude(task, error)
+    finally:
+        stores.release()
+    return Outcome(task, response, context.warning)
+
+
+def stream(task: Task, request: AnyRequest) -> Iterator[StreamEvent | Outcome]:
+    """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the iterator drops the
+    call."""
+    context = inline_context(task, streams=True)
+    response = None
+    try:
+        with told_to_caller():
+            # No `Reset` comes: nothing can be taken back over HTTP, and `may_restart` is off.
+            response = yield from call.stream(request, context)
+    except (ProviderError, TaskError, Lost) as error:
+        conclude(task, error)
+    finally:
+        stores.release()
+    yield Outcome(task, response, context.warning)
+
+
+def inline_context(task: Task, **fields: Any) -> Context:
+    pulse.require_postgres()
+    with told_to_caller():
+        task.owner_id = pulse.owner_id()
+    task.fence = 1
+    return Context(task, **fields)
+
+
+@contextmanager
+def told_to_caller() -> Iterator[None]:
+    """What keeps work from being begun, as the caller is told."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise Conflict("a request with this Idempotency-Key was faster", retry_after=1) from error
+    except OperationalError as error:
+        raise Unavailable("Postgres is away: try again shortly", retry_after=2) from error
+
+
+def run_queued(task_id: UUID, seq: int) -> None:
+    """Run release `seq` of a queued task, in a worker's thread.
+
+    A hint that is stale changes nothing. Raises only database faults of the claim, which may be
+    tried again.
+    """
+    claimed = ledger.claim(task_id, seq, pulse.owner_id())
+    stores.release()
+    if claimed is None:
+        log.info("a stale hint", extra={"task": task_id, "seq": seq})
+        return
+    task, stored = claimed
+    token = task_id_var.set(str(task_id))
+    try:
+        events.publish(task.id, "state", {"status": Status.RUNNING})
+        perform(task, stored)
+    except OperationalError:
+        # The pulse finds the task without a call and lets go of it.
+        log.warning("Postgres went away under a task", extra={"task": task_id})
+    finally:
+        task_id_var.reset(token)
+        stores.release()
+        queues.wake()
+
+
+def perform(task: Task, stored: Any) -> None:
+    """Run a claimed task and write its end. Raises `OperationalError`."""
+    try:
+        request = bodies.load_request(task.kind, stored)
+        context = Context(task, streams=task.streams, may_restart=True)
+        publish_deltas(task, call.stream(request, context))
+    except Snooze:
+        pass
+    except Lost:
+        log.warning("the task is somebody else's by now", extra={"task": task.id})
+        return
+    except (ProviderError, TaskError, ApiError) as error:
+        conclude(task, error)
+    except OperationalError:
+        raise
+    except Exception:
+        log.exception("a task failed by a fault of ours", extra={"task": task.id})
+        conclude(task, InternalError("internal error: see the server's log"))
+    tell(task)
+
+
+def publish_deltas(task: Task, answer: Iterator[call.Event]) -> None:
+    for event in answer:
+        if isinstance(event, Reset):
+            events.publish_reset(task.id, event.attempt)
+        else:
+            events.publish_piece(task.id, task.attempts, event)
+
+
+def conclude(task: Task, error: Exception) -> None:
+    """Write a task's end by an error that came before its first attempt, or between two."""
+    if task.status in FINAL or isinstance(error, Lost):
+        return
+    end = call.describe(call.final_status(error), error)
+    try:
+        if task._state.adding:
+            ledger.write_ended(task, end)
+        else:
+            ledger.end_running(task, end)
+    except Lost:
+        log.warning("the task is somebody else's by now", extra={"task": task.id})
+
+
+def tell(task: Task) -> None:
+    """The task's new state, to whoever watches."""
+    name = "done" if task.status in FINAL else "state"
+    events.publish(task.id, name, {"status": task.status})
+
+
+def cancel(task_id: UUID, tenant_id: UUID | None = None) -> Task:
+    """Cancel a task: at once where it waits, within a second where it runs.
+
+    Returns the task as it is then. Raises `NotFound`, and `Conflict` for a finished one.
+    """
+    tasks = Task.objects.filter(id=task_id)
+    if tenant_id is not None:
+        tasks = tasks.filter(tenant_id=tenant_id)
+    task = tasks.first()
+    if task is None:
+        raise NotFound(f"there is no task {task_id}")
+    waiting = [Status.WAITING, Status.QUEUED, Status.BLOCKED]
+    ended = ledger.move(
+        task_id,
+        waiting,
+        Status.CANCELLED,
+        error_class="Cancelled",
+        error_message="cancelled on request",
+    )
+    running = tasks.filter(status=Status.RUNNING)
+    if not ended and not running.update(cancel_requested_at=ClockTimestamp()):
+        task.refresh_from_db()
+        raise Conflict(f"the task is {task.status} already")
+    task.refresh_from_db()
+    if ended:
+        tell(task)
+        queues.wake()
+    return task

@@ -1,0 +1,424 @@
+"""Every write of a task's life: the spend ledger and the arrows between states.
+
+The hot path goes through two functions, one statement and one round trip each:
+
+    begin    the attempt `sent` (and, for inline work, the task itself), before the call
+    finish   the attempt `settled`, its money on the task, the task's end or its next state
+
+`move` is every other arrow: one conditional UPDATE that names the state it leaves. One row
+changed: it was ours. None: somebody else's, and the caller leaves.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import orjson
+from django.db import transaction
+from django.db.models import DateTimeField, Func
+from psycopg.types.json import Jsonb
+from uuid_utils.compat import uuid7
+
+from llmtasks import bodies, pulse
+from llmtasks.errors import Lost
+from llmtasks.models import FINAL, IdempotencyKey, Status, Task, TaskPayload
+from llmtasks.stores import fetch, loads
+from providers.types import Usage
+
+# An inline task that ended so gave no final answer: its Idempotency-Key is free again.
+FORGETTABLE = frozenset(
+    {"RateLimited", "Overloaded", "NoProvider", "Interrupted", "ClientLeft", "InternalError"}
+)
+
+
+class ClockTimestamp(Func):
+    """Postgres's clock now; `Now()` would be the transaction's start."""
+
+    template = "clock_timestamp()"
+    output_field = DateTimeField()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one attempt ended. `cost` is None where it is unpriced."""
+
+    usage: Usage
+    cost: Decimal | None
+    cost_state: str
+    price_id: int | None = None
+    raw_usage: Mapping[str, Any] | None = None
+    latency_ms: int | None = None
+    first_token_ms: int | None = None
+    http_status: int | None = None
+    error_class: str = ""
+    error_message: str = ""
+    vendor_request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What becomes of the task: a final status, or `waiting` again after `wait_s` seconds."""
+
+    status: str
+    response: bytes | None = None
+    error_class: str = ""
+    error_message: str = ""
+    error_status: int | None = None
+    error_param: str = ""
+    retry_after: float | None = None
+    wait_s: float = 0.0
+
+
+INSERT_TASK = """
+    INSERT INTO llmtasks_task (
+        id, tenant_id, key_id, kind, mode, lane, status, route, provider, "user", metadata,
+        request_id, on_unknown, streams, created_at, run_at, not_before, deadline, started_at,
+        seq, fence, owner_id, attempts, input_tokens, cached_input_tokens, cache_write_tokens,
+        output_tokens, reasoning_tokens, cost_state, error_class, error_message, error_param,
+        retry_of
+    ) VALUES (
+        %(task)s, %(tenant)s, %(key)s, %(kind)s, %(mode)s, %(lane)s, 'running', %(route)s,
+        %(provider)s, %(user)s, %(metadata)s, %(request_id)s, %(on_unknown)s, %(streams)s,
+        %(created_at)s, NULL, %(created_at)s, %(deadline)s, clock_timestamp(),
+        0, %(fence)s, %(owner)s, 1, 0, 0, 0, 0, 0, '', '', '', '', %(retry_of)s
+    )"""
+
+INSERT_PAYLOAD = """
+    INSERT INTO llmtasks_taskpayload (task_id, version, request)
+    VALUES (%(task)s, %(version)s, %(body)s::jsonb)"""
+
+INSERT_KEY = """
+    INSERT INTO llmtasks_idempotencykey
+        (id, tenant_id, endpoint, key, body_hash, task_id, expires_at)
+    VALUES (%(key_id)s, %(tenant)s, %(key_endpoint)s, %(key_text)s, %(key_hash)s, %(task)s,
+            %(key_expires)s)"""
+
+ATTEMPT_COLUMNS = """
+    INSERT INTO llmtasks_attempt (
+        id, task_id, tenant_id, step, number, provider, model, state, started_at,
+        error_class, error_message, vendor_request_id,
+        input_tokens, cached_input_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
+        output_tokens, reasoning_tokens, price_id, cost, cost_state
+    )
+    SELECT %(attempt)s, %(task)s, %(tenant)s, %(step)s, %(number)s, %(provider)s, %(model)s,
+           'sent', clock_timestamp(), '', '', '', 0, 0, 0, 0, 0, 0, %(price)s::int,
+           %(cost)s::numeric, %(cost_state)s"""
+
+BEGIN_NEW = f"WITH t AS ({INSERT_TASK}), p AS ({INSERT_PAYLOAD}) {ATTEMPT_COLUMNS} RETURNING id"
+BEGIN_NEW_WITH_KEY = (
+    f"WITH t AS ({INSERT_TASK}), p AS ({INSERT_PAYLOAD}), k AS ({INSERT_KEY}) "
+    f"{ATTEMPT_COLUMNS} RETURNING id"
+)
+BEGIN_AGAIN = f"""
+WITH t AS (
+    UPDATE llmtasks_task SET attempts = attempts + 1, provider = %(provider)s
+    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s RETURNING id
+) {ATTEMPT_COLUMNS} FROM t RETURNING id"""
+
+
+def begin(
+    task: Task,
+    *,
+    step: int,
+    number: int,
+    provider: str,
+    model: str,
+    estimate: Decimal | None,
+    cost_state: str,
+    price_id: int | None,
+) -> UUID:
+    """Write the attempt as `sent`, in a transaction of its own; returns its id.
+
+    An inline task is written with its first attempt. Raises `Lost` where the task is no longer
+    ours, `IntegrityError` where its Idempotency-Key was taken meanwhile.
+    """
+    values: dict[str, Any] = {
+        "attempt": uuid7(),
+        "task": task.id,
+        "tenant": task.tenant_id,
+        "step": step,
+        "number": number,
+        "provider": provider,
+        "model": model,
+        "price": price_id,
+        "cost": estimate,
+        "cost_state": cost_state,
+        "fence": task.fence,
+    }
+    if task._state.adding:
+        fetch(BEGIN_NEW_WITH_KEY if task.key_row else BEGIN_NEW, values | new_task_values(task))
+        task._state.adding = False
+    elif not fetch(BEGIN_AGAIN, values):
+        raise Lost
+    task.attempts += 1
+    task.provider = provider
+    return values["attempt"]  # type: ignore[no-any-return]
+
+
+def new_task_values(task: Task) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "key": task.key_id,
+        "kind": task.kind,
+        "mode": task.mode,
+        "lane": task.lane,
+        "route": task.route,
+        "user": task.user,
+        "metadata": Jsonb(task.metadata),
+        "request_id": task.request_id,
+        "on_unknown": task.on_unknown,
+        "streams": task.streams,
+        "created_at": task.created_at,
+        "deadline": task.deadline,
+        "owner": task.owner_id,
+        "retry_of": task.retry_of,
+        "version": bodies.VERSION,
+        "body": task.body.decode(),
+    }
+    if (row := task.key_row) is not None:
+        values |= {
+            "key_id": row.id,
+            "key_endpoint": row.endpoint,
+            "key_text": row.key,
+            "key_hash": row.body_hash,
+            "key_expires": row.expires_at,
+        }
+    return values
+
+
+SETTLED = """
+    state = 'settled', finished_at = clock_timestamp(), latency_ms = %(latency_ms)s::int,
+    first_token_ms = %(first_token_ms)s::int, http_status = %(http_status)s::int,
+    error_class = %(error_class)s, error_message = %(error_message)s,
+    vendor_request_id = %(vendor_request_id)s, input_tokens = %(input)s,
+    cached_input_tokens = %(cached)s, cache_write_5m_tokens = %(write_5m)s,
+    cache_write_1h_tokens = %(write_1h)s, output_tokens = %(output)s,
+    reasoning_tokens = %(reasoning)s, raw_usage = %(raw_usage)s::jsonb,
+    price_id = %(price)s::int, cost = %(cost)s::numeric, cost_state = %(cost_state)s
+"""
+SETTLE = f"UPDATE llmtasks_attempt SET {SETTLED} WHERE id = %(attempt)s AND state <> 'settled'"
+# The task's row is locked before the attempt's, as everywhere.
+FINISH = f"""
+WITH mine AS (
+    SELECT id FROM llmtasks_task
+    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+), a AS (
+    UPDATE llmtasks_attempt SET {SETTLED}
+    WHERE id = %(attempt)s AND state = 'sent' AND task_id IN (SELECT id FROM mine)
+    RETURNING task_id
+), p AS (
+    UPDATE llmtasks_taskpayload SET response = %(response)s::jsonb
+    WHERE %(response)s IS NOT NULL AND task_id IN (SELECT task_id FROM a)
+)
+UPDATE llmtasks_task t SET
+    input_tokens = input_tokens + %(input)s,
+    cached_input_tokens = cached_input_tokens + %(cached)s,
+    cache_write_tokens = cache_write_tokens + %(write_5m)s + %(write_1h)s,
+    output_tokens = output_tokens + %(output)s,
+    reasoning_tokens = reasoning_tokens + %(reasoning)s,
+    cost = CASE WHEN 'unpriced' NOT IN (t.cost_state, %(cost_state)s)
+                THEN coalesce(cost, 0) + %(cost)s::numeric END,
+    cost_state = CASE
+        WHEN 'unpriced' IN (t.cost_state, %(cost_state)s) THEN 'unpriced'
+        WHEN 'estimated' IN (t.cost_state, %(cost_state)s) THEN 'estimated'
+        ELSE 'final' END,
+    status = %(status)s,
+    owner_id = CASE WHEN %(status)s = 'running' THEN owner_id END,
+    finished_at = CASE WHEN %(is_final)s THEN clock_timestamp() END,
+    not_before = clock_timestamp() + make_interval(secs => %(wait_s)s),
+    error_class = %(end_class)s, error_message = %(end_message)s,
+    error_status = %(end_status)s::int, error_param = %(end_param)s,
+    retry_after = %(retry_after)s::float
+FROM a WHERE t.id = a.task_id
+RETURNING t.cost, t.cost_state, t.finished_at
+"""
+
+
+def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
+    """Settle the attempt and change the task, in one statement.
+
+    The attempt is settled whatever became of the task, since a true cost is never thrown away.
+    Raises `Lost` where the task was no longer ours, after the money was written.
+    """
+    values = outcome_values(attempt_id, outcome) | end_values(task, end)
+    forget = task.key_row is not None and end.error_class in FORGETTABLE
+    with transaction.atomic() if forget else nullcontext():
+        rows = fetch(FINISH, values)
+        if rows and forget:
+            IdempotencyKey.objects.filter(task_id=task.id).delete()
+    if not rows:
+        settle_late(task.id, attempt_id, outcome)
+        raise Lost
+    [(task.cost, task.cost_state, task.finished_at)] = rows
+    usage = outcome.usage
+    task.input_tokens += usage.input_tokens
+    task.cached_input_tokens += usage.cached_input_tokens
+    task.cache_write_tokens += usage.cache_write_tokens
+    task.output_tokens += usage.output_tokens
+    task.reasoning_tokens += usage.reasoning_tokens
+    put_end(task, end)
+
+
+def outcome_values(attempt_id: UUID, outcome: Outcome) -> dict[str, Any]:
+    usage = outcome.usage
+    return {
+        "attempt": attempt_id,
+        "latency_ms": outcome.latency_ms,
+        "first_token_ms": outcome.first_token_ms,
+        "http_status": outcome.http_status,
+        "error_class": outcome.error_class,
+        "error_message": outcome.error_message,
+        "vendor_request_id": outcome.vendor_request_id[:200],
+        "input": usage.input_tokens,
+        "cached": usage.cached_input_tokens,
+        "write_5m": usage.cache_write_5m_tokens,
+        "write_1h": usage.cache_write_1h_tokens,
+        "output": usage.output_tokens,
+        "reasoning": usage.reasoning_tokens,
+        "raw_usage": None if outcome.raw_usage is None else Jsonb(dict(outcome.raw_usage)),
+        "price": outcome.price_id,
+        "cost": outcome.cost,
+        "cost_state": outcome.cost_state,
+    }
+
+
+def end_values(task: Task, end: End) -> dict[str, Any]:
+    return {
+        "task": task.id,
+        "fence": task.fence,
+        "status": end.status,
+        "is_final": end.status in FINAL,
+        "wait_s": end.wait_s,
+        "response": None if end.response is None else end.response.decode(),
+        "end_class": end.error_class,
+        "end_message": end.error_message,
+        "end_status": end.error_status,
+        "end_param": end.error_param,
+        "retry_after": end.retry_after,
+    }
+
+
+def put_end(task: Task, end: End) -> None:
+    """Show the end on the object in memory."""
+    task.status = end.status
+    task.error_class = end.error_class
+    task.error_message = end.error_message
+    task.error_status = end.error_status
+    task.error_param = end.error_param
+    task.retry_after = end.retry_after
+
+
+def settle_late(task_id: UUID, attempt_id: UUID, outcome: Outcome) -> None:
+    """Settle an attempt of a task that is no longer ours, and count the task's money anew."""
+    with transaction.atomic():
+        # The task first, as everywhere: two settlements of one task must not cross.
+        Task.objects.select_for_update().filter(id=task_id).first()
+        fetch(SETTLE, outcome_values(attempt_id, outcome))
+        recount([task_id])
+
+
+RECOUNT = """
+UPDATE llmtasks_task t SET
+    input_tokens = s.input, cached_input_tokens = s.cached, cache_write_tokens = s.written,
+    output_tokens = s.output, reasoning_tokens = s.reasoning,
+    cost = CASE WHEN s.unpriced = 0 THEN s.cost END,
+    cost_state = CASE WHEN s.attempts = 0 THEN '' WHEN s.unpriced > 0 THEN 'unpriced'
+                      WHEN s.estimated > 0 THEN 'estimated' ELSE 'final' END
+FROM (
+    SELECT task_id, count(*) AS attempts, sum(input_tokens) AS input,
+        sum(cached_input_tokens) AS cached,
+        sum(cache_write_5m_tokens + cache_write_1h_tokens) AS written,
+        sum(output_tokens) AS output, sum(reasoning_tokens) AS reasoning, sum(cost) AS cost,
+        count(*) FILTER (WHERE cost_state = 'unpriced') AS unpriced,
+        count(*) FILTER (WHERE cost_state = 'estimated') AS estimated
+    FROM llmtasks_attempt WHERE task_id = ANY(%(ids)s) AND state <> 'sent' GROUP BY task_id
+) s
+WHERE t.id = s.task_id
+"""
+
+
+def recount(task_ids: Sequence[UUID]) -> None:
+    """Make the tasks' tokens and cost the sums over their attempts. The caller has locked them."""
+    fetch(RECOUNT, {"ids": list(task_ids)})
+
+
+def write_ended(task: Task, end: End) -> None:
+    """Write an inline task that ended before its first attempt: alone, and already final."""
+    put_end(task, end)
+    if end.error_class in FORGETTABLE:
+        task.key_row = None
+    task.finished_at = task.started_at = pulse.now()
+    task.owner_id = None
+    with transaction.atomic():
+        Task.objects.bulk_create([task])
+        TaskPayload.objects.bulk_create(
+            [TaskPayload(task_id=task.id, version=bodies.VERSION, request=orjson.loads(task.body))]
+        )
+        if task.key_row is not None:
+            task.key_row.save(force_insert=True)
+    task._state.adding = False
+
+
+def move(
+    task_id: UUID, leaving: Sequence[str], to: str, *, fence: int | None = None, **changes: Any
+) -> bool:
+    """One arrow of the state diagram; whether it was ours to go.
+
+    `leaving` are the states that it may start from; for a running task give its `fence`.
+    """
+    rows = Task.objects.filter(id=task_id, status__in=leaving)
+    if fence is not None:
+        rows = rows.filter(fence=fence)
+    if to in FINAL:
+        changes["finished_at"] = ClockTimestamp()
+    if to != Status.RUNNING:
+        changes["owner_id"] = None
+    return rows.update(status=to, **changes) == 1
+
+
+def end_running(task: Task, end: End) -> None:
+    """Change a task of ours that has no attempt to settle. Raises `Lost`."""
+    ours = move(
+        task.id,
+        [Status.RUNNING],
+        end.status,
+        fence=task.fence,
+        not_before=ClockTimestamp() + timedelta(seconds=end.wait_s),
+        error_class=end.error_class,
+        error_message=end.error_message,
+        error_status=end.error_status,
+        error_param=end.error_param,
+        retry_after=end.retry_after,
+    )
+    if not ours:
+        raise Lost
+    put_end(task, end)
+    if end.status in FINAL:
+        task.finished_at = pulse.now()
+
+
+TASK_COLUMNS = [column.column for column in Task._meta.concrete_fields]
+CLAIM = f"""
+UPDATE llmtasks_task t SET
+    status = 'running', fence = fence + 1, owner_id = %(owner)s,
+    started_at = coalesce(started_at, clock_timestamp())
+FROM llmtasks_taskpayload p
+WHERE t.id = %(task)s AND p.task_id = t.id AND t.seq = %(seq)s AND t.status = 'queued'
+RETURNING {", ".join(f't."{name}"' for name in TASK_COLUMNS)}, p.request
+"""
+
+
+def claim(task_id: UUID, seq: int, owner_id: UUID) -> tuple[Task, Any] | None:
+    """`queued → running` for release `seq`: the task and its stored request, or None where the
+    hint is stale (a second copy, a task that was cancelled or released anew)."""
+    rows = fetch(CLAIM, {"task": task_id, "seq": seq, "owner": owner_id})
+    if not rows:
+        return None
+    *values, request = rows[0]
+    task = Task.from_db(None, [c.attname for c in Task._meta.concrete_fields], values)
+    task.metadata = loads(task.metadata)
+    task.body = request.encode() if isinstance(request, str) else orjson.dumps(request)
+    return task, loads(request)

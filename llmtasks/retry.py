@@ -1,0 +1,93 @@
+"""What is tried next after a try failed: pure rules, the error table of `docs/errors.md`.
+
+The order over candidates is two tries each, then the next one, then round again, at most
+`MAX_ATTEMPTS` in all. A vendor's 429 moves on at once and is no failed try: with every candidate
+limited the call waits, bounded by its deadline alone.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmtasks.routing import Candidate
+from providers import errors
+
+MAX_ATTEMPTS = 5
+TRIES_A_CANDIDATE = 2
+BACKOFF_S = 0.5
+BACKOFF_CAP_S = 30.0
+
+CLASSES: dict[str, type[errors.ProviderError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.ProviderError)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One attempt that ended without an answer. `error` is a class of `providers.errors`; a call
+    whose process died counts as `ConnectionFailed`."""
+
+    provider: str
+    model: str
+    error: type[errors.ProviderError]
+    retry_after: float | None = None
+
+    @property
+    def is_limit(self) -> bool:
+        return issubclass(self.error, errors.RateLimited)
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """Call `candidate` after `wait_s` seconds."""
+
+    candidate: Candidate
+    wait_s: float
+
+
+def choose(candidates: Sequence[Candidate], tries: Sequence[Try]) -> Next | None:
+    """The next call, or None where the last error stands."""
+    if tries and not (tries[-1].error.retryable or tries[-1].error.try_next):
+        return None
+    if sum(not t.is_limit for t in tries) >= MAX_ATTEMPTS:
+        return None
+    usable = [c for c in candidates if not is_ruled_out(c, candidates, tries)]
+    if not usable:
+        return None
+    best = min(usable, key=lambda c: rounds(of(c, tries)))
+    return Next(best, wait_s(of(best, tries)))
+
+
+def of(candidate: Candidate, tries: Sequence[Try]) -> list[Try]:
+    return [t for t in tries if (t.provider, t.model) == (candidate.provider, candidate.model)]
+
+
+def rounds(tries: Sequence[Try]) -> int:
+    """How often this candidate had its turn."""
+    limited = sum(t.is_limit for t in tries)
+    return limited + (len(tries) - limited) // TRIES_A_CANDIDATE
+
+
+def is_ruled_out(
+    candidate: Candidate, candidates: Sequence[Candidate], tries: Sequence[Try]
+) -> bool:
+    """Whether an earlier try says that this candidate can't answer."""
+    if any(not t.error.retryable for t in of(candidate, tries)):
+        return True
+    overflowed = [
+        c.context_window or 0
+        for c in candidates
+        if any(issubclass(t.error, errors.ContextTooLong) for t in of(c, tries))
+    ]
+    return bool(overflowed) and (candidate.context_window or 0) <= max(overflowed)
+
+
+def wait_s(tries: Sequence[Try]) -> float:
+    """How long to wait before this candidate's next try: exponential backoff with full jitter,
+    on top of what the vendor asked for."""
+    if not tries:
+        return 0.0
+    ceiling = min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (len(tries) - 1))
+    return (tries[-1].retry_after or 0.0) + random.uniform(0, ceiling)  # noqa: S311 - no secret

@@ -1,0 +1,179 @@
+"""From a model name to the calls that may answer it.
+
+The configuration is read once per `config_version` into an immutable snapshot; no call asks the
+database. While Postgres is away the last snapshot holds for as long as the pulse says.
+"""
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from django.db import OperationalError
+
+from llmtasks import pulse
+from llmtasks.errors import InvalidInput
+from llmtasks.models import Kind, RouteCandidate
+from llmtasks.models import Provider as ProviderRow
+from llmtasks.models import Route as RouteRow
+from providers import registry
+from providers.base import Account, Provider
+from providers.errors import AuthenticationFailed
+
+log = logging.getLogger(__name__)
+
+# A key in a file: longer ones are no key.
+MAX_CREDENTIAL_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One provider and one model of its, for a route."""
+
+    provider: str
+    model: str
+    adapter: Provider
+    credential: str
+    price_family: str
+    is_paused: bool
+    context_window: int | None
+    max_output_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    name: str
+    kind: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    version: int
+    routes: dict[str, Route]
+    # Every provider's name → whether it is paused.
+    providers: dict[str, bool]
+
+
+_snapshot: Snapshot | None = None
+_lock = threading.Lock()
+
+
+def snapshot() -> Snapshot:
+    """The configuration in force. Raises `OperationalError` when Postgres is away for longer than
+    the last one may be used."""
+    global _snapshot
+    known, version = _snapshot, pulse.config_version()
+    if known is not None and known.version == version:
+        if pulse.config_is_fresh():
+            return known
+        raise OperationalError("the configuration is too old: Postgres is away")
+    with _lock:
+        if _snapshot is None or _snapshot.version != version:
+            _snapshot = read(version)
+        return _snapshot
+
+
+def read(version: int) -> Snapshot:
+    """The snapshot of what the tables say now."""
+    candidates: dict[int, list[Candidate]] = {}
+    rows = RouteCandidate.objects.select_related("model__provider").order_by("position", "id")
+    for row in rows:
+        try:
+            candidates.setdefault(row.route_id, []).append(candidate(row))
+        except ValueError as error:
+            # One account that is set up wrongly must not take the others down.
+            log.error(
+                "a candidate can't be used", extra={"candidate": str(row), "error": str(error)}
+            )
+    routes = {
+        row.name: Route(name=row.name, kind=row.kind, candidates=tuple(candidates.get(row.pk, ())))
+        for row in RouteRow.objects.filter(is_active=True)
+    }
+    paused = dict(ProviderRow.objects.values_list("name", "is_paused"))
+    return Snapshot(version=version, routes=routes, providers=paused)
+
+
+def candidate(chosen: RouteCandidate) -> Candidate:
+    """Raises ValueError where the provider's adapter or options are wrong."""
+    row = chosen.model.provider
+    return Candidate(
+        provider=row.name,
+        model=chosen.model.name,
+        adapter=registry.build(row.adapter, account(row)),
+        credential=row.credential,
+        price_family=row.price_family or row.name,
+        is_paused=row.is_paused,
+        context_window=chosen.model.context_window,
+        max_output_tokens=chosen.model.max_output_tokens,
+    )
+
+
+def account(row: ProviderRow) -> Account:
+    """The account as its adapter wants it; an unresolved credential is left empty (a call says
+    so: `check_credential`)."""
+    return Account(
+        name=row.name,
+        base_url=row.base_url,
+        api_key=resolve(row.credential) or "",
+        options=row.options,
+        connect_timeout=row.connect_timeout_s,
+        read_timeout=row.read_timeout_s,
+        total_timeout=row.total_timeout_s,
+    )
+
+
+def resolve(reference: str) -> str | None:
+    """The secret that `env:NAME` or `file:/path` refers to; None where there is none."""
+    kind, _, place = reference.partition(":")
+    if kind == "env":
+        return os.environ.get(place, "").strip() or None
+    if kind == "file":
+        try:
+            with Path(place).open(encoding="utf-8") as file:
+                return file.read(MAX_CREDENTIAL_BYTES).strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
+    return None
+
+
+def check_credential(chosen: Candidate) -> None:
+    """Raises `AuthenticationFailed` where the candidate's reference leads to no secret."""
+    if chosen.credential and not chosen.adapter.account.api_key:
+        raise AuthenticationFailed(
+            f"provider {chosen.provider}: its credential {chosen.credential} leads to no key"
+        )
+
+
+def find(name: str, kind: str) -> Route:
+    """The route of a model name. Raises `InvalidInput` where there is none of that kind."""
+    route = snapshot().routes.get(name)
+    if route is None:
+        raise InvalidInput(
+            f"there is no model {name!r}: GET /v1/models lists those that you may use",
+            param="model",
+        )
+    if route.kind != kind:
+        wanted = "/v1/embeddings" if route.kind == Kind.EMBEDDING else "/v1/chat/completions"
+        raise InvalidInput(f"{name!r} is a model for {route.kind}: use {wanted}", param="model")
+    if not route.candidates:
+        raise InvalidInput(f"{name!r} has no candidates: add one in the admin", param="model")
+    return route
+
+
+def supporting(route: Route, request: Any) -> tuple[Candidate, ...]:
+    """The candidates that can do what the request asks. Raises `InvalidInput` naming the field
+    where none can."""
+    if route.kind == Kind.EMBEDDING:
+        return tuple(c for c in route.candidates if c.adapter.supports_embeddings)
+    missing = [(c, c.adapter.unsupported(request)) for c in route.candidates]
+    able = tuple(c for c, field in missing if field is None)
+    if not able:
+        field = missing[0][1]
+        raise InvalidInput(
+            f"no provider of {route.name!r} supports {field}: leave it out or use another model",
+            param=field,
+        )
+    return able
