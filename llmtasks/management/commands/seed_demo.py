@@ -1,0 +1,193 @@
+"""`manage.py seed_demo`: what a first look needs, again and again the same.
+
+A tenant with a key, an administrator, the sandbox's two accounts (one for each wire format), a
+route for each thing that the sandbox can do, its prices and those of genai-prices. What is there
+already stays; prices that somebody changed do too.
+
+One route, `unpriced`, has no price, so that the state can be seen.
+"""
+
+import json
+import os
+import secrets
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import transaction
+
+from llmtasks.management.commands import import_prices
+from llmtasks.management.configure import MADE, put, put_candidate, put_provider
+from llmtasks.models import ApiKey, Price, Provider, Route, Tenant
+from llmtasks.models.tenancy import split
+
+TENANT = "demo"
+KEY_NAME = "demo"
+FAMILY = "sandbox"
+CREDENTIAL = "env:SANDBOX_KEY"
+SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+
+CHAT = (
+    *("echo", "slow-100", "slow-500", "slow-2000", "flaky-1", "flaky-2", "flaky-3", "flaky-9"),
+    *(f"error-{status}" for status in (400, 401, 403, 404, 429, 500, 503, 529)),
+    *("rate-limit-1", "rate-limit-5", "cut", "garbage", "tool"),
+    *("long-50", "long-200", "long-2000", "no-usage"),
+)
+EMBEDDING = ("embed",)
+# A name that the sandbox obeys and that nothing else uses: the one model without a price.
+UNPRICED = "slow-1"
+
+# Dollars per million tokens.
+CHAT_PRICE = {
+    "input": Decimal("1"),
+    "cached_input": Decimal("0.1"),
+    "cache_write_5m": Decimal("1.25"),
+    "cache_write_1h": Decimal("2"),
+    "output": Decimal("4"),
+    "reasoning": Decimal("4"),
+}
+EMBEDDING_PRICE = dict.fromkeys(CHAT_PRICE, Decimal("0.1")) | {
+    "output": Decimal(0),
+    "reasoning": Decimal(0),
+}
+
+
+class Command(BaseCommand):
+    help = (
+        "Seed the demo: tenant, key, administrator, sandbox providers, routes, prices. Reads "
+        "SANDBOX_URL, DEMO_API_KEY, ADMIN_USER and ADMIN_PASSWORD; prints JSON; idempotent."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--route",
+            metavar="NAME",
+            action="append",
+            default=[],
+            help="another steered name of the sandbox (slow-1234), in both formats; repeatable",
+        )
+
+    @transaction.atomic
+    def handle(self, *args: Any, route: list[str], **options: Any) -> None:
+        try:
+            summary = {
+                **seed_key(),
+                **seed_administrator(),
+                **seed_sandbox(sandbox_url(), [name.removeprefix("claude-") for name in route]),
+                **seed_prices(),
+            }
+        except ValidationError as error:
+            raise CommandError("; ".join(error.messages)) from None
+        self.stdout.write(json.dumps(summary, indent=2))
+
+
+def sandbox_url() -> str:
+    url = os.environ.get("SANDBOX_URL", "").strip().rstrip("/")
+    if not url:
+        raise CommandError("SANDBOX_URL is not set: give the address of `manage.py sandbox`")
+    return url
+
+
+# --- who asks -----------------------------------------------------------------------------------
+
+
+def seed_key() -> dict[str, Any]:
+    """DEMO_API_KEY's key; without one, a new key unless the tenant has a usable one. `api_key`
+    is None where its secret is not to be had any more."""
+    tenant, _ = put(Tenant, {}, name=TENANT)
+    given = os.environ.get("DEMO_API_KEY", "").strip()
+    if given:
+        return {"tenant": TENANT, "api_key": keep_key(tenant, given)}
+    if ApiKey.objects.filter(tenant=tenant, name=KEY_NAME, revoked_at=None).exists():
+        return {"tenant": TENANT, "api_key": None}
+    key, secret = ApiKey.issue(tenant, KEY_NAME)
+    key.save()
+    return {"tenant": TENANT, "api_key": secret}
+
+
+def keep_key(tenant: Tenant, text: str) -> str:
+    try:
+        prefix, hashed = split(text)
+    except ValueError:
+        raise CommandError(
+            "DEMO_API_KEY is no key: it must be lt_<12 characters>_<20 or more characters>"
+        ) from None
+    wanted = {"tenant": tenant, "name": KEY_NAME, "secret_hash": hashed, "revoked_at": None}
+    put(ApiKey, wanted, prefix=prefix)
+    return text
+
+
+def seed_administrator() -> dict[str, Any]:
+    """ADMIN_USER with ADMIN_PASSWORD; a password is made up for a new one that has none."""
+    name = os.environ.get("ADMIN_USER", "").strip() or "admin"
+    given = os.environ.get("ADMIN_PASSWORD", "")
+    users = get_user_model()._default_manager
+    user = users.filter(username=name).first()
+    made_up = secrets.token_urlsafe(12) if user is None and not given else None
+    if user is None:
+        users.create_superuser(name, password=given or made_up)
+    elif given and not user.check_password(given):
+        user.set_password(given)
+        user.save()
+    return {"admin_user": name, "admin_password": made_up or given or None}
+
+
+# --- what is called -----------------------------------------------------------------------------
+
+
+def seed_sandbox(url: str, more: list[str]) -> dict[str, Any]:
+    """The two accounts and their routes."""
+    common = {"credential": CREDENTIAL, "price_family": FAMILY}
+    compatible, _ = put_provider(
+        "sandbox", {"adapter": "compatible", "base_url": f"{url}/v1", **common}
+    )
+    anthropic, _ = put_provider(
+        "sandbox-anthropic", {"adapter": "anthropic", "base_url": url, **common}
+    )
+    embedding = [*EMBEDDING, *(name for name in more if name.startswith("embed"))]
+    chat = [*CHAT, *(name for name in more if not name.startswith("embed"))]
+    pairs = [(compatible, name, name) for name in chat]
+    pairs += [(anthropic, f"claude-{name}", f"claude-{name}") for name in chat]
+    pairs += [
+        (compatible, "unpriced", UNPRICED),
+        (anthropic, "claude-unpriced", f"claude-{UNPRICED}"),
+        (compatible, "smart", "echo"),
+        (anthropic, "smart", "claude-echo"),
+        (compatible, "fallback", "error-503"),
+        (anthropic, "fallback", "claude-echo"),
+    ]
+    made = add_routes(pairs, Route.Kind.CHAT)
+    made += add_routes([(compatible, name, name) for name in embedding], Route.Kind.EMBEDDING)
+    price([*chat, *(f"claude-{name}" for name in chat)], CHAT_PRICE)
+    price(embedding, EMBEDDING_PRICE)
+    return {
+        "providers": [compatible.name, anthropic.name],
+        "routes": {"made": made, "all": Route.objects.count()},
+    }
+
+
+def add_routes(pairs: list[tuple[Provider, str, str]], kind: str) -> int:
+    """How many candidates had to be made."""
+    return sum(
+        put_candidate(provider, route, model, kind)[1] == MADE for provider, route, model in pairs
+    )
+
+
+def price(models: list[str], amounts: dict[str, Decimal]) -> None:
+    """The sandbox's prices of those models that have none yet."""
+    rows = Price.objects.filter(family=FAMILY, source=Price.Source.MANUAL, effective_from=SINCE)
+    known = set(rows.values_list("model", flat=True))
+    missing = [name for name in dict.fromkeys(models) if name not in known]
+    if missing:
+        Price.objects.bulk_create(
+            Price(family=FAMILY, model=name, effective_from=SINCE, **amounts) for name in missing
+        )
+
+
+def seed_prices() -> dict[str, Any]:
+    rows = import_prices.bundled().rows
+    changes = import_prices.store(rows)
+    return {"prices": {"imported": len(rows), "new": changes.added, "changed": changes.changed}}
