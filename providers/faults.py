@@ -70,7 +70,16 @@ _STATUS_BY_TYPE: Final[Mapping[str, int]] = {
 }
 
 _QUOTA_CODES: Final = frozenset(
-    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error"}
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "billing_error",
+        # Anthropic's `error.details.error_code`: limits of spending, not of rate.
+        "contract_spend_limit_reached",
+        "enforced_spend_limit_reached",
+        "linked_organization_spend_limit_reached",
+    }
 )
 _FILTER_CODES: Final = frozenset(
     {"content_filter", "content_policy_violation", "responsibleaipolicyviolation"}
@@ -82,7 +91,10 @@ _CONTEXT_TEXT: Final = re.compile(
     r"|length)|exceed context limit|input is too long|exceeds the available context size",
     re.IGNORECASE,
 )
-_QUOTA_TEXT: Final = re.compile(r"credit balance is too low", re.IGNORECASE)
+# Anthropic answers 400 for an empty balance and for a spend limit that the customer set.
+_QUOTA_TEXT: Final = re.compile(
+    r"credit balance is too low|specified API usage limits", re.IGNORECASE
+)
 
 
 def error_from_response(
@@ -166,10 +178,14 @@ def _fields(payload: Any) -> dict[str, str]:
     return {
         "message": _word(payload.get("message")) or _detail(detail),
         "type": _word(payload.get("type")),
-        "code": _word(payload.get("code")) or _word(payload.get("error_code")),
+        "code": _word(payload.get("code")) or _code_in(payload.get("details")),
         "param": _word(payload.get("param")),
         "inner": _word(inner.get("code")) if isinstance(inner, dict) else "",
     }
+
+
+def _code_in(details: Any) -> str:
+    return _word(details.get("error_code")) if isinstance(details, dict) else ""
 
 
 def _detail(detail: Any) -> str:
