@@ -106,7 +106,7 @@ ATTEMPT_COLUMNS = """
     )
     SELECT %(attempt)s, %(task)s, %(tenant)s, %(step)s, %(number)s, %(provider)s, %(model)s,
            'sent', clock_timestamp(), '', '', '', 0, 0, 0, 0, 0, 0, %(price)s::int,
-           %(cost)s::numeric, %(cost_state)s"""
+           %(cost)s::numeric, %(cost_state)s::text"""
 
 BEGIN_NEW = f"WITH t AS ({INSERT_TASK}), p AS ({INSERT_PAYLOAD}) {ATTEMPT_COLUMNS} RETURNING id"
 BEGIN_NEW_WITH_KEY = (
@@ -197,7 +197,7 @@ SETTLED = """
     cached_input_tokens = %(cached)s, cache_write_5m_tokens = %(write_5m)s,
     cache_write_1h_tokens = %(write_1h)s, output_tokens = %(output)s,
     reasoning_tokens = %(reasoning)s, raw_usage = %(raw_usage)s::jsonb,
-    price_id = %(price)s::int, cost = %(cost)s::numeric, cost_state = %(cost_state)s
+    price_id = %(price)s::int, cost = %(cost)s::numeric, cost_state = %(cost_state)s::text
 """
 SETTLE = f"UPDATE llmtasks_attempt SET {SETTLED} WHERE id = %(attempt)s AND state <> 'settled'"
 # The task's row is locked before the attempt's, as everywhere.
@@ -210,8 +210,8 @@ WITH mine AS (
     WHERE id = %(attempt)s AND state = 'sent' AND task_id IN (SELECT id FROM mine)
     RETURNING task_id
 ), p AS (
-    UPDATE llmtasks_taskpayload SET response = %(response)s::jsonb
-    WHERE %(response)s IS NOT NULL AND task_id IN (SELECT task_id FROM a)
+    UPDATE llmtasks_taskpayload SET response = %(response)s::text::jsonb
+    WHERE %(response)s::text IS NOT NULL AND task_id IN (SELECT task_id FROM a)
 )
 UPDATE llmtasks_task t SET
     input_tokens = input_tokens + %(input)s,
@@ -219,14 +219,14 @@ UPDATE llmtasks_task t SET
     cache_write_tokens = cache_write_tokens + %(write_5m)s + %(write_1h)s,
     output_tokens = output_tokens + %(output)s,
     reasoning_tokens = reasoning_tokens + %(reasoning)s,
-    cost = CASE WHEN 'unpriced' NOT IN (t.cost_state, %(cost_state)s)
+    cost = CASE WHEN 'unpriced' NOT IN (t.cost_state, %(cost_state)s::text)
                 THEN coalesce(cost, 0) + %(cost)s::numeric END,
     cost_state = CASE
-        WHEN 'unpriced' IN (t.cost_state, %(cost_state)s) THEN 'unpriced'
-        WHEN 'estimated' IN (t.cost_state, %(cost_state)s) THEN 'estimated'
+        WHEN 'unpriced' IN (t.cost_state, %(cost_state)s::text) THEN 'unpriced'
+        WHEN 'estimated' IN (t.cost_state, %(cost_state)s::text) THEN 'estimated'
         ELSE 'final' END,
-    status = %(status)s,
-    owner_id = CASE WHEN %(status)s = 'running' THEN owner_id END,
+    status = %(status)s::text,
+    owner_id = CASE WHEN %(status)s::text = 'running' THEN owner_id END,
     finished_at = CASE WHEN %(is_final)s THEN clock_timestamp() END,
     not_before = clock_timestamp() + make_interval(secs => %(wait_s)s),
     error_class = %(end_class)s, error_message = %(end_message)s,

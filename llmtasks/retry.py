@@ -74,7 +74,11 @@ def is_ruled_out(
     candidate: Candidate, candidates: Sequence[Candidate], tries: Sequence[Try]
 ) -> bool:
     """Whether an earlier try says that this candidate can't answer."""
-    if any(not t.error.retryable for t in of(candidate, tries)):
+    mine = of(candidate, tries)
+    if any(not t.error.retryable for t in mine):
+        return True
+    # An answer that nobody can read is on the bill all the same.
+    if sum(issubclass(t.error, errors.BadResponse) for t in mine) >= TRIES_A_CANDIDATE:
         return True
     overflowed = [
         c.context_window or 0
