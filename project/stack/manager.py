@@ -1,0 +1,188 @@
+"""The process manager: `supervisord`, which starts again each program that ends."""
+
+import contextlib
+import http.client
+import os
+import resource
+import shlex
+import socket
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from project.stack import processes
+from project.stack.console import say
+from project.stack.errors import StackError
+from project.stack.layout import ROOT, Layout, write_private
+from project.stack.processes import PROGRAM, Child, marked, tail
+from project.stack.programs import STOP_S, Program
+
+GROUP = "llmtasks"
+LOG_BYTES = "10MB"
+LOGS_KEPT = 3
+FILES_WANTED = 8192
+READY_S = 20.0
+
+
+def configuration(layout: Layout, programs: list[Program]) -> str:
+    """supervisord's file. One group: then all its programs are told to stop at once."""
+    section: list[str] = [
+        "[unix_http_server]",
+        f"file = {quoted(control_socket(layout))}",
+        "chmod = 0600",
+        "",
+        "[supervisord]",
+        "nodaemon = true",
+        "silent = true",
+        f"directory = {quoted(ROOT)}",
+        f"logfile = {quoted(layout.logs / 'supervisord.log')}",
+        f"logfile_maxbytes = {LOG_BYTES}",
+        f"logfile_backups = {LOGS_KEPT}",
+        f"pidfile = {quoted(layout.data / 'supervisord.pid')}",
+        f"childlogdir = {quoted(layout.logs)}",
+        f"minfds = {files_allowed()}",
+        "",
+        "[rpcinterface:supervisor]",
+        "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
+        "",
+        "[supervisorctl]",
+        f"serverurl = unix://{quoted(control_socket(layout))}",
+        "",
+        f"[group:{GROUP}]",
+        f"programs = {','.join(program.name for program in programs)}",
+    ]
+    for program in programs:
+        section += ["", *program_section(layout, program)]
+    return "\n".join(section) + "\n"
+
+
+def program_section(layout: Layout, program: Program) -> list[str]:
+    return [
+        f"[program:{program.name}]",
+        f"command = {quoted(shlex.join(program.command))}",
+        f"directory = {quoted(ROOT)}",
+        # The others are started once the database has its tables.
+        f"autostart = {str(program.early).lower()}",
+        "autorestart = true",
+        "startsecs = 2",
+        # Each try waits a second longer; `Manager.watch` revives what gave up.
+        "startretries = 10",
+        "stopsignal = TERM",
+        f"stopwaitsecs = {STOP_S}",
+        "killasgroup = true",
+        "redirect_stderr = true",
+        f"stdout_logfile = {quoted(layout.logs / (program.name + '.log'))}",
+        f"stdout_logfile_maxbytes = {LOG_BYTES}",
+        f"stdout_logfile_backups = {LOGS_KEPT}",
+    ]
+
+
+def quoted(value: Path | str) -> str:
+    """A value in supervisord's file, where % begins an expansion."""
+    return str(value).replace("%", "%%")
+
+
+def control_socket(layout: Layout) -> Path:
+    return layout.sockets() / "supervisor.sock"
+
+
+def files_allowed() -> int:
+    """Open files per program: each call under way has a socket or two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=5)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self.path))
+
+
+class UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        return UnixConnection(self.path)
+
+
+@dataclass
+class Manager:
+    """supervisord as a child, and what is asked of it."""
+
+    layout: Layout
+    programs: list[Program]
+    environment: dict[str, str]
+    python: str
+    child: Child | None = None
+    everything: bool = False
+
+    def start(self) -> None:
+        """Start it with the programs that need no tables."""
+        write_private(self.layout.supervisor_conf, configuration(self.layout, self.programs))
+        self.child = Child(
+            name="supervisord",
+            command=[
+                *(self.python, "-m", "supervisor.supervisord"),
+                *("-c", str(self.layout.supervisor_conf)),
+            ],
+            log=self.layout.logs / "supervisord.out",
+            environment=marked(self.layout.data, PROGRAM, self.environment),
+            patience_s=STOP_S + 5.0,
+        )
+        self.child.start()
+
+    def start_everything(self) -> None:
+        """Start the rest. supervisord may still be starting itself."""
+        self.everything = True
+        deadline = time.monotonic() + READY_S
+        while self.child and self.child.is_alive() and time.monotonic() < deadline:
+            if self.ask(lambda supervisor: supervisor.startProcessGroup(GROUP, False)) is not None:
+                return
+            time.sleep(0.05)
+        log = self.layout.logs / "supervisord.out"
+        raise StackError(f"the process manager did not start: {tail(log)} (see {log})")
+
+    def ask(self, question: Callable[[Any], Any]) -> Any:
+        """Its answer; None while it can't be reached."""
+        transport = UnixTransport(control_socket(self.layout))
+        with contextlib.suppress(OSError, http.client.HTTPException, xmlrpc.client.Error):
+            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
+                return question(server.supervisor)
+        return None
+
+    def states(self) -> dict[str, str]:
+        """Each program's state in supervisord's words; empty while it can't be reached."""
+        found = self.ask(lambda supervisor: supervisor.getAllProcessInfo()) or []
+        return {entry["name"]: entry["statename"] for entry in found}
+
+    def watch(self) -> None:
+        """One look: a supervisord that died is started again, and programs that gave up."""
+        if self.child and not self.child.is_alive():
+            say(f"the process manager died and is started again (see {self.child.log})")
+            processes.end(self.layout.data, PROGRAM, STOP_S)
+            self.child.start()
+            if self.everything:
+                self.start_everything()
+            return
+        if self.everything and "FATAL" in self.states().values():
+            self.ask(lambda supervisor: supervisor.startProcessGroup(GROUP, False))
+
+    def stop(self) -> None:
+        if self.child:
+            self.child.stop()
+
+
+def interpreter() -> str:
+    """The Python of our environment: programs run in the same one."""
+    return os.path.abspath(sys.executable)

@@ -1,0 +1,179 @@
+"""`up`: starts everything, shows that it works, and stays until it is told to end."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from project.stack import credentials, demo, environment, ports, processes
+from project.stack.console import say
+from project.stack.demo import Demo
+from project.stack.errors import StackError, Stopped
+from project.stack.layout import ROOT, Layout, holder, locked, write_private
+from project.stack.manager import Manager, interpreter
+from project.stack.owner import Servers, check_external
+from project.stack.processes import PROGRAM, marked, tail
+from project.stack.programs import programs
+
+READY_S = 60.0
+
+
+def up(data: Path | str, *, with_parent: bool) -> int:
+    if with_parent:
+        end_with_make()
+    layout = Layout.at(data)
+    with locked(layout.lock) as mine:
+        if not mine:
+            raise StackError(
+                f"it is already up here (pid {holder(layout.lock)}): see {layout.demo},"
+                " or end it with `make down`"
+            )
+        processes.raise_on_signals()
+        try:
+            return Stack(layout).run()
+        except Stopped:
+            say("everything has ended")
+            return 0
+
+
+def end_with_make() -> None:
+    """A `make` that is killed takes us along, as Ctrl-C would."""
+    parent = os.getppid()
+    processes.end_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        raise StackError("make has ended already")
+
+
+class Stack:
+    """Everything that `make up` starts, in the order in which it is started."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.settings = environment.own()
+        self.credentials = credentials.load(layout)
+        self.places = environment.places(self.settings, layout)
+        self.servers = Servers(
+            layout,
+            self.credentials["valkey_password"],
+            database_url=self.settings.get("DATABASE_URL", ""),
+            redis_url=self.settings.get("REDIS_URL", ""),
+        )
+        self.manager: Manager | None = None
+
+    def run(self) -> int:
+        began = time.monotonic()
+        try:
+            self.start()
+            self.show(time.monotonic() - began)
+            while True:
+                time.sleep(1.0)
+                self.servers.watch()
+                if self.manager:
+                    self.manager.watch()
+        except Stopped:
+            say("stopping…")
+            raise
+        finally:
+            self.stop()
+
+    def start(self) -> None:
+        if left := processes.end_all(self.layout.data):
+            say(f"ended {left} processes that an earlier run left behind")
+        self.check_ports()
+        check_external(self.servers.database_url, self.servers.redis_url)
+        self.servers.start()
+        settings = environment.for_programs(
+            self.settings,
+            self.credentials,
+            self.places,
+            self.servers.database_url,
+            self.servers.redis_url,
+        )
+        write_private(self.layout.environment, environment.to_keep(settings))
+        self.manager = Manager(
+            self.layout, programs(interpreter(), self.places), settings, interpreter()
+        )
+        self.manager.start()
+        self.prepare(settings)
+        self.manager.start_everything()
+        self.wait_for_web()
+
+    def check_ports(self) -> None:
+        ports.require_free({"PORT": self.places.port}, self.places.bind)
+        ports.require_free(
+            {"FLOWER_PORT": self.places.flower_port, "SANDBOX_PORT": self.places.sandbox_port}
+        )
+
+    def prepare(self, settings: dict[str, str]) -> None:
+        """Tables, seed, static files, in a process of their own; its output is kept."""
+        log = self.layout.logs / "prepare.log"
+        with log.open("wb") as file:
+            done = subprocess.run(
+                [interpreter(), "-m", "project.stack.prepare"],
+                cwd=ROOT,
+                env=marked(
+                    self.layout.data, PROGRAM, settings | environment.for_seed(self.credentials)
+                ),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=processes.before_exec,
+            )
+        if done.returncode:
+            raise StackError(f"the database can't be prepared: {tail(log, 1)} (see {log})")
+
+    def wait_for_web(self) -> None:
+        deadline = time.monotonic() + READY_S
+        answer: object = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                status, answer = demo.get(f"{self.base_url}/readyz", timeout_s=2.0)
+                if status == 200:
+                    return
+            except OSError as error:
+                answer = error
+            time.sleep(0.1)
+        log = self.layout.logs / "web.log"
+        raise StackError(f"the web server is not ready: {str(answer)[:200]} (see {log})")
+
+    @property
+    def base_url(self) -> str:
+        host = self.places.bind if self.places.bind not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
+        return f"http://{host}:{self.places.port}"
+
+    def show(self, seconds: float) -> None:
+        found = Demo(
+            base_url=self.base_url,
+            api_key=self.credentials["api_key"],
+            admin_url=f"{self.base_url}/admin/",
+            admin_user=environment.ADMIN_USER,
+            admin_password=self.credentials["admin_password"],
+            flower_url=f"http://127.0.0.1:{self.places.flower_port}/",
+            flower_user=environment.FLOWER_USER,
+            flower_password=self.credentials["flower_password"],
+            database_url=self.servers.database_url,
+            redis_url=self.servers.redis_url,
+            sandbox_url=f"http://127.0.0.1:{self.places.sandbox_port}",
+        )
+        write_private(self.layout.demo, found.as_json())
+        say()
+        for mode, work in (("inline", demo.run_inline), ("queued", demo.run_queued)):
+            try:
+                say(demo.describe(mode, work(self.base_url, found.api_key)))
+            except (StackError, OSError) as error:
+                say(f"  {mode:<8} {error} (see {self.layout.logs})")
+        say()
+        for line in demo.links(found):
+            say(line)
+        say()
+        say(f"Up after {seconds:.1f} s. Ctrl-C, or `make down` in another shell, ends everything.")
+
+    def stop(self) -> None:
+        processes.ignore_signals()
+        if self.manager:
+            self.manager.stop()
+        self.servers.stop()
+        # Whatever slipped through: a program that was just being started, say.
+        processes.end_all(self.layout.data)
