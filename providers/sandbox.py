@@ -25,295 +25,31 @@ import itertools
 import signal
 import ssl
 import threading
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
-from urllib.parse import unquote
 
 import orjson
 
 from providers import sandbox_answers as answers
+from providers import sandbox_bodies as bodies
+from providers.sandbox_calls import Ledger, Tally
+from providers.sandbox_http import Connection, Refused, Request
 
-MAX_TASKS: Final = 100_000  # remembered; the oldest are forgotten
-MAX_CONNECTIONS: Final = 4096
-MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-MAX_HEAD_BYTES: Final = 64 * 1024
-IDLE_SECONDS: Final = 75.0
 TICK: Final = 0.02  # seconds between two writes of a stream with a rate
-
-
-class Tally:
-    """How often a task called, and what a vendor would bill for it."""
-
-    __slots__ = (
-        "answered", "calls", "failures", "hung_up", "input_tokens", "output_tokens", "overlaps",
-        "under_way",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.calls = 0  # requests that came in
-        self.answered = 0  # requests whose whole answer went out
-        self.failures = 0  # answers of 503 by flaky-<n>
-        self.hung_up = 0  # clients that left before their answer was out
-        self.overlaps = 0  # calls that began while another of the same task was under way
-        self.under_way = 0
-        self.input_tokens = 0  # of every answer that was made, cut ones too
-        self.output_tokens = 0
-
-    def begin(self) -> None:
-        self.calls += 1
-        self.overlaps += self.under_way > 0
-        self.under_way += 1
-
-    def bill(self, given: int, made: int) -> None:
-        self.input_tokens += given
-        self.output_tokens += made
-
-    def shown(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-class Ledger:
-    """All tallies. Touched by the server's loop alone."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.total = Tally()
-        self.tasks: OrderedDict[str, Tally] = OrderedDict()
-
-    def of(self, task: str) -> Tally:
-        tally = self.tasks.get(task)
-        if tally is None:
-            tally = self.tasks[task] = Tally()
-            if len(self.tasks) > MAX_TASKS:
-                self.tasks.popitem(last=False)
-        return tally
-
-    @contextlib.contextmanager
-    def call(self, task: str) -> Iterator[tuple[Tally, Tally]]:
-        """Overlaps are counted per task, and in total as their sum."""
-        tally, total = self.of(task), self.total
-        overlaps = tally.overlaps
-        tally.begin()
-        total.calls += 1
-        total.under_way += 1
-        total.overlaps += tally.overlaps - overlaps
-        try:
-            yield tally, total
-        except asyncio.CancelledError:
-            tally.hung_up += 1
-            total.hung_up += 1
-            raise
-        finally:
-            tally.under_way -= 1
-            total.under_way -= 1
-
-
-class _Refused(Exception):
-    """A request that ends with an error body."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-
-
-class _Request:
-    __slots__ = ("body", "headers", "method", "path")
-
-    def __init__(self, head: bytes) -> None:
-        lines = head.decode("latin-1").split("\r\n")
-        self.method, target, _version = lines[0].split(" ", 2)
-        self.path = unquote(target.partition("?")[0])
-        self.headers: dict[str, str] = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            self.headers[name.strip().lower()] = value.strip()
-        self.body = b""
-
-    @property
-    def length(self) -> int:
-        """Raises `ValueError` for no number."""
-        return int(self.headers.get("content-length", "0"))
-
-    @property
-    def keep_alive(self) -> bool:
-        return self.headers.get("connection", "").lower() != "close"
-
-    @property
-    def anthropic(self) -> bool:
-        return self.path == "/v1/messages"
-
-    @property
-    def task(self) -> str:
-        header = self.headers.get("x-client-request-id", "")
-        return header.rpartition(".")[0] or header
-
-    @property
-    def key(self) -> str:
-        headers = self.headers
-        bearer = headers.get("authorization", "")
-        scheme, _, key = bearer.partition(" ")
-        own = headers.get("x-api-key") or headers.get("api-key") or ""
-        return key.strip() if scheme.lower() == "bearer" else own
-
-
-class _Connection(asyncio.Protocol):
-    """One client: reads requests, runs one after the other, notices when it leaves."""
-
-    def __init__(self, server: "_Server") -> None:
-        self._server = server
-        self._transport: asyncio.Transport
-        self._buffer = bytearray()
-        self._request: _Request | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self._idle: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
-        self._transport = transport
-        if len(self._server.connections) >= MAX_CONNECTIONS:
-            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
-            transport.close()
-            return
-        self._server.connections.add(self)
-        self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
-        self._rest()
-        if self._task is not None:
-            self._task.cancel()
-        self._writable.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def abort(self) -> None:
-        self._transport.abort()
-
-    def _wait(self) -> None:
-        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._transport.close)
-
-    def _rest(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        self._next()
-
-    def _next(self) -> None:
-        """Begin the buffered request, if it is whole and none is under way."""
-        if self._task is not None:
-            if len(self._buffer) > MAX_BODY_BYTES:
-                self._transport.abort()
-            return
-        try:
-            request = self._read()
-        except ValueError:
-            self._transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
-            self._transport.close()
-            return
-        if request is not None:
-            self._rest()
-            self._task = asyncio.get_running_loop().create_task(self._run(request))
-
-    def _read(self) -> _Request | None:
-        """Raises `ValueError` for what is no request that we take."""
-        if self._request is None:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
-                if len(self._buffer) > MAX_HEAD_BYTES:
-                    raise ValueError("head too large")
-                return None
-            self._request = _Request(bytes(self._buffer[:end]))
-            del self._buffer[: end + 4]
-            if "transfer-encoding" in self._request.headers:
-                raise ValueError("bodies need a Content-Length")
-            if not 0 <= self._request.length <= MAX_BODY_BYTES:
-                raise ValueError("body too large")
-            if self._request.headers.get("expect", "").lower() == "100-continue":
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request, length = self._request, self._request.length
-        if len(self._buffer) < length:
-            return None
-        request.body = bytes(self._buffer[:length])
-        del self._buffer[:length]
-        self._request = None
-        return request
-
-    async def _run(self, request: _Request) -> None:
-        keep = request.keep_alive
-        try:
-            keep = await self._server.handle(request, self) and keep
-        except asyncio.CancelledError:
-            return
-        except _Refused as refused:
-            body = answers.error_body(refused.status, str(refused), request.anthropic)
-            self.reply(refused.status, body, refused.headers)
-        except Exception:
-            # A fault of ours: the client must not wait for an answer that never comes.
-            self._transport.abort()
-            raise
-        self._task = None
-        if not keep:
-            self._transport.close()
-        elif not self._transport.is_closing():
-            self._wait()
-            self._next()
-
-    def reply(
-        self, status: int, body: Any, headers: Mapping[str, str] | None = None, cut: bool = False
-    ) -> None:
-        """A whole answer; `cut` sends half of its body."""
-        data = body if isinstance(body, bytes) else orjson.dumps(body)
-        head = _head(status, {"Content-Length": str(len(data)), **(headers or {})})
-        self._transport.write(head + (data[: len(data) // 2] if cut else data))
-
-    async def write(self, data: bytes) -> None:
-        await self._writable.wait()
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
-    async def begin_stream(self) -> None:
-        headers = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
-        await self.write(_head(200, headers))
-
-    async def chunk(self, data: bytes) -> None:
-        await self.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-
-def _head(status: int, headers: Mapping[str, str]) -> bytes:
-    call_id = f"req_{uuid.uuid4().hex}"
-    lines = [f"HTTP/1.1 {status} Sandbox", f"x-request-id: {call_id}", f"request-id: {call_id}"]
-    if "Content-Type" not in headers:
-        lines.append("Content-Type: application/json")
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 class _Server:
     def __init__(self) -> None:
         self.ledger = Ledger()
-        self.connections: set[_Connection] = set()
+        self.connections: set[Connection] = set()
 
-    async def handle(self, request: _Request, client: _Connection) -> bool:
-        """Answer one request; whether the connection can go on. Raises `_Refused`."""
+    async def handle(self, request: Request, client: Connection) -> bool:
+        """Answer one request; whether the connection can go on. Raises `Refused`."""
         if request.method == "GET":
             client.reply(200, self._shown(request.path))
             return True
         if request.method != "POST":
-            raise _Refused(405, "Only GET and POST are known here")
+            raise Refused(405, "Only GET and POST are known here")
         if request.path == "/_reset":
             self.ledger.reset()
             client.reply(200, {})
@@ -340,10 +76,10 @@ class _Server:
             return (tally or Tally()).shown()
         if path == "/healthz":
             return {"status": "ok"}
-        raise _Refused(404, f"There is nothing at {path}")
+        raise Refused(404, f"There is nothing at {path}")
 
     async def _call(
-        self, request: _Request, client: _Connection, tallies: tuple[Tally, Tally]
+        self, request: Request, client: Connection, tallies: tuple[Tally, Tally]
     ) -> bool:
         body = _parsed(request)
         wanted = _wanted(request, body)
@@ -357,8 +93,8 @@ class _Server:
             prompt = answers.read_prompt(body, request.anthropic)
             reply = answers.answer(prompt, wanted)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise _Refused(400, f"Invalid request: {exc}") from None
-        shape = answers.Anthropic if request.anthropic else answers.OpenAI
+            raise Refused(400, f"Invalid request: {exc}") from None
+        shape = bodies.Anthropic if request.anthropic else bodies.OpenAI
         made = shape(prompt, reply, wanted.kind != "no-usage")
         if prompt.stream:
             return await _stream(made, wanted, client, tallies)
@@ -370,21 +106,21 @@ class _Server:
         return wanted.kind != "cut"
 
 
-def _parsed(request: _Request) -> dict[str, Any]:
+def _parsed(request: Request) -> dict[str, Any]:
     if request.path not in ("/v1/chat/completions", "/v1/embeddings", "/v1/messages"):
-        raise _Refused(404, f"There is nothing at {request.path}")
+        raise Refused(404, f"There is nothing at {request.path}")
     if request.key in ("", "bad-key"):
-        raise _Refused(401, "Incorrect API key provided")
+        raise Refused(401, "Incorrect API key provided")
     try:
         body = orjson.loads(request.body)
     except orjson.JSONDecodeError:
-        raise _Refused(400, "The body of the request is not JSON") from None
+        raise Refused(400, "The body of the request is not JSON") from None
     if not isinstance(body, dict) or not isinstance(body.get("model"), str):
-        raise _Refused(400, "The body must be an object with a model")
+        raise Refused(400, "The body must be an object with a model")
     return body
 
 
-def _wanted(request: _Request, body: Mapping[str, Any]) -> answers.Behaviour:
+def _wanted(request: Request, body: Mapping[str, Any]) -> answers.Behaviour:
     wanted = answers.behaviour(body["model"])
     embeds = request.path == "/v1/embeddings"
     if (
@@ -393,30 +129,30 @@ def _wanted(request: _Request, body: Mapping[str, Any]) -> answers.Behaviour:
         or (wanted.kind in ("tool", "long") and embeds)
     ):
         if request.anthropic:
-            raise _Refused(404, f"model: {body['model']}")
-        raise _Refused(404, f"The model `{body['model']}` does not exist")
+            raise Refused(404, f"model: {body['model']}")
+        raise Refused(404, f"The model `{body['model']}` does not exist")
     return wanted
 
 
 async def _trouble(wanted: answers.Behaviour, tallies: tuple[Tally, Tally]) -> None:
-    """What comes before an answer, or in place of it. Raises `_Refused`."""
+    """What comes before an answer, or in place of it. Raises `Refused`."""
     kind, number = wanted.kind, wanted.number
     if kind == "slow":
         await asyncio.sleep(number / 1000)
     elif kind == "error":
-        raise _Refused(number, f"The sandbox was asked for status {number}")
+        raise Refused(number, f"The sandbox was asked for status {number}")
     elif kind == "rate-limit":
-        raise _Refused(429, "Rate limit reached", {"Retry-After": str(number)})
+        raise Refused(429, "Rate limit reached", {"Retry-After": str(number)})
     elif kind == "flaky" and tallies[0].failures < number:
         for tally in tallies:
             tally.failures += 1
-        raise _Refused(503, "The server is overloaded, try again")
+        raise Refused(503, "The server is overloaded, try again")
 
 
 def _embed(
     body: Mapping[str, Any],
     wanted: answers.Behaviour,
-    client: _Connection,
+    client: Connection,
     tallies: tuple[Tally, Tally],
 ) -> bool:
     reply, count = answers.embeddings(body, wanted)
@@ -427,9 +163,9 @@ def _embed(
 
 
 async def _stream(
-    made: answers.OpenAI | answers.Anthropic,
+    made: bodies.OpenAI | bodies.Anthropic,
     wanted: answers.Behaviour,
-    client: _Connection,
+    client: Connection,
     tallies: tuple[Tally, Tally],
 ) -> bool:
     """The answer as events; what a client that leaves has had is billed all the same."""
@@ -453,7 +189,7 @@ async def _stream(
 
 
 async def _paced(
-    deltas: Iterator[bytes], rate: int, client: _Connection, tallies: tuple[Tally, Tally]
+    deltas: Iterator[bytes], rate: int, client: Connection, tallies: tuple[Tally, Tally]
 ) -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -481,7 +217,7 @@ async def _serve(
 ) -> None:
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(
-        lambda: _Connection(server), host, port, ssl=tls, backlog=1024
+        lambda: Connection(server), host, port, ssl=tls, backlog=1024
     )
     try:
         if ready is not None:
