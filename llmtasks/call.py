@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from socket import socket
@@ -141,14 +142,14 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
         while chosen is not None:
             # breaker → hold money → take limit: their places, for each candidate.
             number += 1
+            if number > 1 and context.may_restart:
+                yield Reset(number)
             attempt = begin(chosen.candidate, request, context, number)
             try:
                 answer = yield from send(attempt, request)
             except errors.ProviderError as error:
                 tries.append(Try(attempt.provider, attempt.model, type(error), error.retry_after))
                 chosen = after_error(attempt, error, retry.choose(candidates, tries))
-                if attempt.streamed:
-                    yield Reset(number + 1)
             except BaseException as error:
                 raise after_end(attempt, error) from error
             else:
@@ -385,7 +386,7 @@ def after_end(attempt: Sending, error: BaseException) -> BaseException:
     if isinstance(error, GeneratorExit):
         attempt.exchange.drop("client")
         context.dropped = context.dropped or "client"
-    if not (isinstance(error, errors.Dropped) or isinstance(error, GeneratorExit)):
+    if not isinstance(error, errors.Dropped | GeneratorExit):
         log.error("a call failed by a fault of ours", exc_info=error)
         raised: Exception = InternalError("internal error: see the server's log")
     else:
@@ -393,8 +394,14 @@ def after_end(attempt: Sending, error: BaseException) -> BaseException:
     end = failure(context, raised)
     if isinstance(raised, Interrupted) and context.task.mode == Mode.QUEUED:
         end = End(status=Status.WAITING)
-    settle(attempt, error_outcome(attempt, error, type(raised).__name__), end)
-    return error if isinstance(error, GeneratorExit) else raised
+    settled = error_outcome(attempt, error, type(raised).__name__)
+    if isinstance(error, GeneratorExit):
+        # A generator that is being closed may raise nothing else.
+        with suppress(Lost):
+            settle(attempt, settled, end)
+        return error
+    settle(attempt, settled, end)
+    return raised
 
 
 def drop_error(context: Context) -> TaskError:

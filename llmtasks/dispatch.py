@@ -250,7 +250,8 @@ class Ears:
         """Until somebody wakes us, for `seconds` at the most."""
         try:
             if self.pubsub is None:
-                self.pubsub = redis_client().pubsub(ignore_subscribe_messages=True)
+                client: Any = redis_client()
+                self.pubsub = client.pubsub(ignore_subscribe_messages=True)
                 self.pubsub.subscribe(queues.WAKE_CHANNEL)
             until = time.monotonic() + seconds
             while (left := until - time.monotonic()) > 0:

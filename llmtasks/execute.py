@@ -17,6 +17,7 @@ from llmtasks.errors import (
     Conflict,
     InternalError,
     Lost,
+    NoProvider,
     NotFound,
     Snooze,
     TaskError,
@@ -26,7 +27,6 @@ from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Status, Task
 from llmtasks.telemetry import task_id_var
 from providers.errors import ProviderError
-from providers.types import StreamEvent
 
 log = logging.getLogger(__name__)
 
@@ -52,24 +52,23 @@ def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None)
     try:
         with told_to_caller():
             response = call.complete(request, context)
-    except (ProviderError, TaskError, Lost) as error:
-        conclude(task, error)
+    except (ProviderError, TaskError, NoProvider, Lost) as error:
+        conclude_inline(task, error)
     finally:
         stores.release()
     return Outcome(task, response, context.warning)
 
 
-def stream(task: Task, request: AnyRequest) -> Iterator[StreamEvent | Outcome]:
+def stream(task: Task, request: AnyRequest) -> Iterator[call.Event | Outcome]:
     """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the iterator drops the
-    call."""
+    call. No `Reset` comes: what went out over HTTP can't be taken back."""
     context = inline_context(task, streams=True)
     response = None
     try:
         with told_to_caller():
-            # No `Reset` comes: nothing can be taken back over HTTP, and `may_restart` is off.
             response = yield from call.stream(request, context)
-    except (ProviderError, TaskError, Lost) as error:
-        conclude(task, error)
+    except (ProviderError, TaskError, NoProvider, Lost) as error:
+        conclude_inline(task, error)
     finally:
         stores.release()
     yield Outcome(task, response, context.warning)
@@ -92,6 +91,21 @@ def told_to_caller() -> Iterator[None]:
         raise Conflict("a request with this Idempotency-Key was faster", retry_after=1) from error
     except OperationalError as error:
         raise Unavailable("Postgres is away: try again shortly", retry_after=2) from error
+
+
+def conclude_inline(task: Task, error: Exception) -> None:
+    """Write how an inline task ended without an answer, for the caller to be told."""
+    try:
+        if isinstance(error, Lost):
+            # Cancelled, or taken for dead: the row says what became of it.
+            task.refresh_from_db()
+        else:
+            conclude(task, error)
+    except OperationalError:
+        log.warning("Postgres went away under a task", extra={"task": task.id})
+        ledger.put_end(task, call.describe(call.final_status(error), error))
+    if isinstance(error, NoProvider):
+        raise error
 
 
 def run_queued(task_id: UUID, seq: int) -> None:
@@ -150,7 +164,7 @@ def publish_deltas(task: Task, answer: Iterator[call.Event]) -> None:
 
 def conclude(task: Task, error: Exception) -> None:
     """Write a task's end by an error that came before its first attempt, or between two."""
-    if task.status in FINAL or isinstance(error, Lost):
+    if task.status in FINAL:
         return
     end = call.describe(call.final_status(error), error)
     try:

@@ -21,6 +21,7 @@ from uuid import UUID
 
 import psycopg
 from django.db import connection
+from psycopg.types.json import Jsonb
 from uuid_utils.compat import uuid7
 
 from llmtasks.errors import Unavailable
@@ -179,7 +180,7 @@ class Pulse:
             "host": socket.gethostname(),
             "pid": self.pid,
             "slots": self.slots,
-            "queues": psycopg.types.json.Jsonb(self.queues),
+            "queues": Jsonb(self.queues),
             "lease": LEASE_S,
         } | more
         with psycopg.Cursor(self.db) as cursor:

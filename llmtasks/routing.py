@@ -9,7 +9,6 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from django.db import OperationalError
 
@@ -21,6 +20,7 @@ from llmtasks.models import Route as RouteRow
 from providers import registry
 from providers.base import Account, Provider
 from providers.errors import AuthenticationFailed
+from providers.types import EmbeddingRequest, Request
 
 log = logging.getLogger(__name__)
 
@@ -163,12 +163,10 @@ def find(name: str, kind: str) -> Route:
     return route
 
 
-def supporting(route: Route, request: Any) -> tuple[Candidate, ...]:
+def supporting(route: Route, request: Request | EmbeddingRequest) -> tuple[Candidate, ...]:
     """The candidates that can do what the request asks. Raises `InvalidInput` naming the field
     where none can."""
-    if route.kind == Kind.EMBEDDING:
-        return tuple(c for c in route.candidates if c.adapter.supports_embeddings)
-    missing = [(c, c.adapter.unsupported(request)) for c in route.candidates]
+    missing = [(c, unsupported(c.adapter, request)) for c in route.candidates]
     able = tuple(c for c, field in missing if field is None)
     if not able:
         field = missing[0][1]
@@ -177,3 +175,10 @@ def supporting(route: Route, request: Any) -> tuple[Candidate, ...]:
             param=field,
         )
     return able
+
+
+def unsupported(adapter: Provider, request: Request | EmbeddingRequest) -> str | None:
+    """The field of the request that the adapter can't honour, or None."""
+    if isinstance(request, Request):
+        return adapter.unsupported(request)
+    return None if adapter.supports_embeddings else "input"

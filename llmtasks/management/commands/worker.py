@@ -61,7 +61,7 @@ class Follower:
         threading.Thread(target=self.follow, name="follow-config", daemon=True).start()
 
     def follow(self) -> None:
-        seen = None
+        seen = -1
         while True:
             version = pulse.config_version()
             if version != seen:
