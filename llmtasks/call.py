@@ -274,13 +274,10 @@ def answer_outcome(attempt: Sending, answer: AnyResponse) -> Outcome:
 
 
 def error_outcome(attempt: Sending, error: BaseException, name: str) -> Outcome:
-    """A call that failed. One that the vendor refused, or that never reached it, costs nothing;
-    any other may be on its bill: what went over the wire is the estimate."""
-    reached = attempt.exchange.status is not None or not isinstance(
-        error, errors.ConnectionFailed | errors.CredentialError
-    )
-    refused = attempt.exchange.status is not None and attempt.exchange.status >= 400
-    if refused or not reached:
+    """A call that failed. One that never went out, or that the vendor refused, costs nothing; any
+    other may be on its bill: what went over the wire is the estimate."""
+    exchange = attempt.exchange
+    if not exchange.is_sent or (exchange.status or 0) >= 400:
         cost = pricing.Cost(amount=Decimal(0), state=CostState.FINAL, price_id=None)
     else:
         cost = estimate(attempt, attempt.streamed)

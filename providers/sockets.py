@@ -29,10 +29,10 @@ _Address = tuple[Any, ...]
 class Exchange:
     """One HTTP call under way: what another thread needs to end it, and what it learned.
 
-    `deadline` is a `time.monotonic()` value; `headers` are sent with the request. `status`,
-    `request_id` (the vendor's id of the call) and `response_headers` (names in lower case) are
-    there once the answer began; `first_byte_at` (monotonic) once its body did, for a stream its
-    first delta.
+    `deadline` is a `time.monotonic()` value; `headers` are sent with the request. `is_sent` once a
+    byte of it went out: from then on it may be on the vendor's bill. `status`, `request_id` (the
+    vendor's id of the call) and `response_headers` (names in lower case) are there once the answer
+    began; `first_byte_at` (monotonic) once its body did, for a stream its first delta.
     """
 
     __slots__ = (
@@ -42,6 +42,7 @@ class Exchange:
         "dropped",
         "first_byte_at",
         "headers",
+        "is_sent",
         "request_id",
         "response_headers",
         "status",
@@ -53,6 +54,7 @@ class Exchange:
         self.deadline = deadline
         self.headers: Mapping[str, str] = headers or {}
         self.dropped: str | None = None
+        self.is_sent = False
         self.status: int | None = None
         self.request_id: str | None = None
         self.response_headers: Mapping[str, str] = {}
@@ -192,6 +194,7 @@ class Stream:
             self.sock.settimeout(clock.left(clock.read_timeout))
             try:
                 sent += self.sock.send(data[sent:])
+                clock.exchange.is_sent = True
             except TimeoutError:
                 clock.exchange.check()
                 raise clock.late_read() from None
@@ -306,9 +309,7 @@ def _resolve(host: str, port: int, clock: Clock, end: float, late: str) -> list[
     future: Future[list[_Address]] = Future()
     running = _lookups.setdefault((host, port), future)
     if running is future:
-        threading.Thread(
-            target=_look_up, args=(host, port, future), name="lookup", daemon=True
-        ).start()
+        _start_lookup(host, port, future)
     while not running.done():
         left = end - time.monotonic()
         if left <= 0:
@@ -319,9 +320,18 @@ def _resolve(host: str, port: int, clock: Clock, end: float, late: str) -> list[
             continue
     try:
         return running.result()
-    except (OSError, UnicodeError) as exc:
-        reason = getattr(exc, "strerror", None) or "no such name"
+    except (OSError, UnicodeError, RuntimeError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
         raise ConnectionFailed(f"{host} has no address: {reason}", code="dns") from None
+
+
+def _start_lookup(host: str, port: int, future: "Future[list[_Address]]") -> None:
+    work = threading.Thread(target=_look_up, args=(host, port, future), name="lookup", daemon=True)
+    try:
+        work.start()
+    except RuntimeError as exc:  # the process has as many threads as it may
+        _lookups.pop((host, port), None)
+        future.set_exception(exc)
 
 
 def _is_address(host: str) -> bool:
