@@ -18,7 +18,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -168,7 +168,7 @@ class Answer:
             for name, value in response.headers
         }
         self._clock = clock
-        self._chunks = _decoded(self.headers, cast("Iterator[bytes]", response.stream))
+        self._chunks = _decoded(self.headers, cast("Iterable[bytes]", response.stream))
 
     @property
     def is_json(self) -> bool:
@@ -380,12 +380,13 @@ class _Body(httpx.SyncByteStream):
         return self._chunks
 
 
-def _decoded(headers: Mapping[str, str], chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _decoded(headers: Mapping[str, str], chunks: Iterable[bytes]) -> Iterator[bytes]:
     # Not asked for, but some proxies compress all the same.
     encoding = headers.get("content-encoding", "identity")
+    body = iter(chunks)
     if encoding.strip().lower() in ("identity", ""):
-        return iter(chunks)
-    response = httpx.Response(200, headers={"content-encoding": encoding}, stream=_Body(chunks))
+        return body
+    response = httpx.Response(200, headers={"content-encoding": encoding}, stream=_Body(body))
     return response.iter_bytes()
 
 
