@@ -4,9 +4,9 @@ import signal
 import threading
 from typing import Any
 
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 
-from llmtasks import pulse, sweep
+from llmtasks import checks, pulse, sweep
 from llmtasks.dispatch import Dispatcher
 from llmtasks.models import Worker
 
@@ -15,6 +15,8 @@ class Command(BaseCommand):
     help = "Release waiting tasks to the workers, and put back what got stuck. Run one or more."
 
     def handle(self, **options: Any) -> None:
+        if wrong := checks.redis_version():
+            raise CommandError(wrong)
         stopped = threading.Event()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stopped.set())

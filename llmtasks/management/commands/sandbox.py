@@ -9,7 +9,7 @@ from providers import sandbox
 
 class Command(BaseCommand):
     help = "Serve the sandbox vendor: OpenAI's and Anthropic's wire formats, without a model."
-    requires_system_checks: list[str] = []
+    requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--host", default="127.0.0.1")

@@ -6,10 +6,10 @@ from typing import Any
 
 from celery import current_app, signals
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import OperationalError
 
-from llmtasks import pulse, queues, routing, stores, tasks
+from llmtasks import checks, pulse, queues, routing, stores, tasks
 from llmtasks.models import Lane, Worker
 
 # How often a worker looks whether its pulse saw a new configuration.
@@ -28,6 +28,8 @@ class Command(BaseCommand):
         parser.add_argument("--loglevel", default="WARNING")
 
     def handle(self, **options: Any) -> None:
+        if wrong := checks.redis_version():
+            raise CommandError(wrong)
         lane, slots = options["lane"], options["concurrency"]
         pulse.start(Worker.Role.WORKER, lane, slots)
         follower = Follower(lane)
