@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from project.stack.errors import StackError
-from project.stack.layout import Layout
+from project.stack.layout import ROOT, Layout
+from project.stack.processes import MARK, PART
 from project.stack.programs import Places
 
 LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*")
@@ -70,10 +71,9 @@ def for_programs(
 ) -> dict[str, str]:
     """What every program finds in its environment."""
     return {
-        # What the user didn't set himself.
-        "SECRET_KEY": credentials["secret_key"],
         "SANDBOX_KEY": "sandbox",
         **environment,
+        "SECRET_KEY": credentials["secret_key"],
         "DJANGO_SETTINGS_MODULE": "project.settings",
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
@@ -81,6 +81,20 @@ def for_programs(
         "FLOWER_BASIC_AUTH": f"{FLOWER_USER}:{credentials['flower_password']}",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+# Secrets that the user may choose, instead of those made up.
+CHOSEN = {
+    "SECRET_KEY": "secret_key",
+    "ADMIN_PASSWORD": "admin_password",
+    "FLOWER_PASSWORD": "flower_password",
+    "DEMO_API_KEY": "api_key",
+}
+
+
+def chosen(environment: Mapping[str, str]) -> dict[str, str]:
+    found = {ours: environment.get(name, "").strip() for name, ours in CHOSEN.items()}
+    return {name: value for name, value in found.items() if value}
 
 
 def for_seed(credentials: Mapping[str, str]) -> dict[str, str]:
@@ -108,9 +122,6 @@ def kept(layout: Layout) -> dict[str, str]:
 
 def own() -> dict[str, str]:
     """Our own environment with the user's `.env`, less what marks another stack's processes."""
-    from project.stack.layout import ROOT
-    from project.stack.processes import MARK, PART
-
     found = with_env_file(os.environ, ROOT / ".env")
     for name in (MARK, PART):
         found.pop(name, None)

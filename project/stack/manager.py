@@ -102,9 +102,14 @@ class UnixConnection(http.client.HTTPConnection):
         self.path = path
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self.path))
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.settimeout(self.timeout)
+        try:
+            link.connect(str(self.path))
+        except OSError:
+            link.close()
+            raise
+        self.sock = link
 
 
 class UnixTransport(xmlrpc.client.Transport):

@@ -51,7 +51,7 @@ class Stack:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.settings = environment.own()
-        self.credentials = credentials.load(layout)
+        self.credentials = credentials.load(layout) | environment.chosen(self.settings)
         self.places = environment.places(self.settings, layout)
         self.servers = Servers(
             layout,
