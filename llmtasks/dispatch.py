@@ -120,12 +120,10 @@ def release() -> tuple[int, bool]:
 
     Raises `OperationalError` (Postgres) and `BrokerError`, after which nothing is half done.
     """
-    rooms = free_rooms()
-    if not rooms:
-        return 0, False
-    hints = pick(rooms)
+    rooms, is_full = free_rooms()
+    hints = pick(rooms) if rooms else []
     if not hints:
-        return 0, False
+        return 0, is_full
     try:
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
     except (BrokerError, OSError, redis.RedisError):
@@ -136,19 +134,23 @@ def release() -> tuple[int, bool]:
     return len(hints), True
 
 
-def free_rooms() -> dict[tuple[str, str], int]:
-    """(provider, lane) → how many more tasks may be outstanding there."""
+def free_rooms() -> tuple[dict[tuple[str, str], int], bool]:
+    """(provider, lane) → how many more tasks may be outstanding there; whether any is full."""
     outstanding = {(provider, lane): n for provider, lane, n in fetch(OUTSTANDING)}
     open_providers = [name for name, paused in routing.snapshot().providers.items() if not paused]
-    rooms = {}
+    rooms, is_full = {}, False
     for lane, slots, listed in fetch(WORKERS):
         served = {name for names in stores.loads(listed) for name in names}
         most = window(int(slots))
         for provider in open_providers:
             free = most - outstanding.get((provider, lane), 0)
-            if free > 0 and queues.queue_name(provider, lane) in served:
+            if queues.queue_name(provider, lane) not in served:
+                continue
+            if free > 0:
                 rooms[provider, lane] = free
-    return rooms
+            else:
+                is_full = True
+    return rooms, is_full
 
 
 def window(slots: int) -> int:

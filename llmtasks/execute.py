@@ -130,7 +130,6 @@ def run_queued(task_id: UUID, seq: int) -> None:
     finally:
         task_id_var.reset(token)
         stores.release()
-        queues.wake()
 
 
 def perform(task: Task, stored: Any) -> None:
