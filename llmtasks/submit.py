@@ -203,7 +203,9 @@ def replay(tenant_id: UUID, given: Idempotency) -> Task | None:
     return task
 
 
-def retry(task_id: UUID, tenant_id: UUID | None = None) -> Task:
+def retry(
+    task_id: UUID, tenant_id: UUID | None = None, idempotency: Idempotency | None = None
+) -> Task:
     """A new queued task with the body of a final one. Raises `NotFound`, `Conflict`."""
     found = Task.objects.select_related("payload").filter(id=task_id)
     if tenant_id is not None:
@@ -226,6 +228,7 @@ def retry(task_id: UUID, tenant_id: UUID | None = None) -> Task:
         user=task.user,
         on_unknown=task.on_unknown,
         stream=task.streams,
+        idempotency=idempotency,
         retry_of=task.id,
     )
     [result] = queued([work])

@@ -1,3 +1,36 @@
-from typing import Any
+"""Every path of the API. What is not here is a 404 in the shape of its door."""
 
-urlpatterns: list[Any] = []
+from django.http import HttpRequest, HttpResponse
+from django.urls import path, re_path
+from django.views.decorators.csrf import csrf_exempt
+from django.views.generic import RedirectView
+
+from llmtasks.api import health, openai, schema, tasks
+from llmtasks.api.errors import answer
+from llmtasks.errors import NotFound
+
+
+@csrf_exempt
+def nowhere(request: HttpRequest) -> HttpResponse:
+    return answer(NotFound("There is nothing here; /v1/docs lists what there is."), request.path)
+
+
+urlpatterns = [
+    path("", RedirectView.as_view(pattern_name="docs")),
+    path("healthz", health.healthz),
+    path("readyz", health.readyz),
+    path("v1/chat/completions", openai.ChatCompletions.as_view()),
+    path("v1/embeddings", openai.Embeddings.as_view()),
+    path("v1/models", openai.Models.as_view()),
+    path("v1/models/<path:name>", openai.Model.as_view()),
+    path("v1/tasks", tasks.Tasks.as_view()),
+    path("v1/tasks/bulk", tasks.Bulk.as_view()),
+    path("v1/tasks/<uuid:task_id>", tasks.OneTask.as_view()),
+    path("v1/tasks/<uuid:task_id>/cancel", tasks.Cancel.as_view()),
+    path("v1/tasks/<uuid:task_id>/retry", tasks.Retry.as_view()),
+    path("v1/tasks/<uuid:task_id>/token", tasks.Token.as_view()),
+    path("v1/tasks/<uuid:task_id>/events", tasks.Events.as_view()),
+    path("v1/schema", schema.Schema.as_view(), name="schema"),
+    path("v1/docs", schema.Docs.as_view(), name="docs"),
+    re_path(r"^v1(/|\Z)", nowhere),
+]

@@ -1,0 +1,206 @@
+"""What answers look like, for the schema's readers. Answers themselves are rendered by
+`answers.py`; a test holds the two against each other."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class ErrorOfField(BaseModel):
+    param: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457; `code` is a stable word for programs, `param` names the field."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    param: str | None = None
+    errors: list[ErrorOfField] | None = None
+    request_id: str
+
+
+class OpenAIErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    error: OpenAIErrorDetail
+
+
+class TaskUsage(BaseModel):
+    """Kinds of tokens that never overlap."""
+
+    input_tokens: int
+    cached_input_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+
+
+class TaskError(BaseModel):
+    class_: str = Field(serialization_alias="class")
+    message: str
+    retry_after: float | None
+
+
+class TaskSummary(BaseModel):
+    """A task without its answer, as lists have it."""
+
+    id: str
+    object: Literal["task"]
+    kind: Literal["chat", "embedding"]
+    status: Literal[
+        "waiting", "queued", "running", "blocked", "succeeded", "failed", "cancelled", "expired"
+    ]
+    mode: Literal["inline", "queued"]
+    lane: Literal["interactive", "default", "bulk"]
+    model: str = Field(description="The route that was asked for.")
+    provider: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempts: int
+    usage: TaskUsage | None
+    cost: str | None = Field(description="Decimal; null while unknown or where there is no price.")
+    currency: Literal["USD"]
+    cost_state: Literal["final", "estimated", "unpriced"] | None
+    error: TaskError | None
+    metadata: dict[str, Any]
+    user: str | None
+
+
+class Task(TaskSummary):
+    """A task. `output` is what its kind's own path would have answered."""
+
+    output: dict[str, Any] | None
+
+
+class AcceptedTask(Task):
+    url: str
+    events_url: str
+
+
+class TaskPage(BaseModel):
+    object: Literal["list"]
+    data: list[TaskSummary]
+    has_more: bool
+    next_cursor: str | None
+
+
+class BulkItem(BaseModel):
+    """Either a task or what refused it."""
+
+    index: int
+    task: TaskSummary | None = None
+    error: Problem | None = None
+
+
+class BulkResult(BaseModel):
+    object: Literal["list"]
+    data: list[BulkItem]
+    accepted: int
+    refused: int
+
+
+class TaskToken(BaseModel):
+    object: Literal["task_token"]
+    token: str
+    expires_in: float
+    events_url: str
+
+
+class ModelShape(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelPage(BaseModel):
+    object: Literal["list"]
+    data: list[ModelShape]
+
+
+class CalledFunctionShape(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallShape(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionShape
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    tool_calls: list[ToolCallShape] | None = None
+    reasoning_content: str | None = None
+    thinking_blocks: list[dict[str, Any]] | None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+    cache_write_tokens: int
+    audio_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    reasoning_tokens: int
+    audio_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class ChatUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: ChatUsage | None
+    service_tier: str | None = None
+
+
+class EmbeddingShape(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    data: list[EmbeddingShape]
+    model: str
+    usage: EmbeddingUsage
