@@ -1,5 +1,6 @@
 """`run`: a PostgreSQL and a Valkey of their own around one command, thrown away after it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from project.stack import processes
 from project.stack.console import say
@@ -83,12 +86,19 @@ def follow(command: list[str], servers: Servers) -> int:
 
 
 def end_command(process: subprocess.Popen[bytes]) -> None:
+    """End it and what it started: a shell that is told to end leaves its commands behind."""
+    below: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(timeout=20)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    processes.send(below, signal.SIGTERM)
+    _, alive = psutil.wait_procs(below, timeout=5)
+    processes.send(alive, signal.SIGKILL)
 
 
 def exit_status(code: int) -> int:
