@@ -181,7 +181,7 @@ def test_two_runs_at_a_time_have_servers_of_their_own(layout):
 
 
 def test_a_run_that_was_killed_leaves_nothing_to_the_next(layout):
-    first = run(layout, "sh", "-c", "echo up; sleep 60")
+    first = run(layout, "sh", "-c", "echo up; exec sleep 60")
     first.stdout.readline()
     first.kill()
     first.communicate(timeout=30)
