@@ -131,7 +131,8 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
     ends. Raises the `ProviderError` that stood at last, a `TaskError`, `NoProvider`, `Snooze`
     (the task is back in `waiting`) or `Lost`.
     """
-    with pulse.watch(context.task.id, context.drop, context.client):
+    task = context.task
+    with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         # look_up_cache: its place, before any money.
         candidates = usable_candidates(request, context)
         tries = past_tries(context)

@@ -190,7 +190,7 @@ class Dispatcher:
                 wait_s = self.turn()
             except OperationalError as error:
                 log.warning("the dispatcher waits for Postgres", extra={"error": str(error)})
-                self.patient_until = time.monotonic() + AWAY_S + pulse.LEASE_S
+                self.patient_until = time.monotonic() + AWAY_S + settings.LLMTASKS["LEASE_S"]
                 wait_s = AWAY_S
             except (BrokerError, redis.RedisError, OSError) as error:
                 log.warning("the dispatcher waits for Redis", extra={"error": str(error)})

@@ -20,25 +20,23 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from django.conf import settings
 from django.db import connection
 from psycopg.types.json import Jsonb
 from uuid_utils.compat import uuid7
 
 from llmtasks.errors import Unavailable
 from llmtasks.models import Worker
-from llmtasks.stores import TimedConnection
+from llmtasks.stores import TimedConnection, has_input
 
 log = logging.getLogger(__name__)
 
+# The lease's own times are settings: LEASE_S, RENEW_S and DROP_AFTER_S.
 PERIOD_S = 0.5
-LEASE_S = 30.0
-RENEW_S = 5.0
-# Without a renewal for so long, by its own clock, a process drops its calls: five seconds
-# before anybody else may take them.
-DROP_AFTER_S = 25.0
 # While Postgres is away, configuration and keys that were read before stay valid for so long.
 CONFIG_VALID_S = 60.0
-STATEMENT_S = 3.0
+# A connect and a statement together must not outlast what DROP_AFTER_S leaves of the lease.
+STATEMENT_S = 2.0
 
 BEAT = """
 WITH renewed AS (
@@ -60,8 +58,13 @@ SELECT (SELECT count(*) FROM renewed),
 # nobody: the sweep takes it up as it does the tasks of a dead process.
 OWNED = "SELECT id FROM llmtasks_task WHERE owner_id = %(id)s AND status = 'running'"
 DISOWN = """
-UPDATE llmtasks_task SET owner_id = '00000000-0000-0000-0000-000000000000'
-WHERE id = ANY(%(orphans)s) AND owner_id = %(id)s AND status = 'running'
+WITH orphans AS (
+    SELECT id FROM llmtasks_task
+    WHERE id = ANY(%(orphans)s) AND owner_id = %(id)s AND status = 'running'
+    ORDER BY id FOR UPDATE
+)
+UPDATE llmtasks_task t SET owner_id = '00000000-0000-0000-0000-000000000000'
+FROM orphans WHERE t.id = orphans.id
 """
 
 REGISTER = """
@@ -97,13 +100,15 @@ class Pulse:
     queues: list[str] = field(default_factory=list)
     calls: dict[UUID, Call] = field(default_factory=dict)
     suspects: set[UUID] = field(default_factory=set)
+    looked_for_orphans_at: float = float("-inf")
     version: int = 0
     renewed_at: float = float("-inf")
     read_at: float = float("-inf")
     is_registered: bool = False
     is_away: bool = False
     clock_offset: timedelta = timedelta(0)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    # Held for a beat: a thread that needs an id may make one too.
+    lock: threading.RLock = field(default_factory=threading.RLock)
     stopped: threading.Event = field(default_factory=threading.Event)
     # Set for a beat before its time, with a renewal that writes `queues`.
     wanted: threading.Event = field(default_factory=threading.Event)
@@ -120,33 +125,39 @@ class Pulse:
 
     def tick(self) -> None:
         """One beat. Never raises: the thread must live as long as the process."""
-        try:
-            self.beat()
-        except (psycopg.Error, OSError) as error:
-            log.warning("no pulse", extra={"error": str(error)})
-            self.is_away = True
-            self.disconnect()
-        except Exception:
-            log.exception("the pulse failed")
-            self.disconnect()
-        if self.is_registered and time.monotonic() - self.renewed_at > DROP_AFTER_S:
-            self.lose_lease()
+        with self.lock:
+            self.drop_if_lapsed()
+            try:
+                self.beat()
+            except (psycopg.Error, OSError) as error:
+                log.warning("no pulse", extra={"error": str(error)})
+                self.is_away = True
+                self.disconnect()
+            except Exception:
+                log.exception("the pulse failed")
+                self.disconnect()
+            self.drop_if_lapsed()
         self.look_for_clients_that_left()
+
+    def drop_if_lapsed(self) -> None:
+        """Looked at before a beat too, which may wait for an unreachable Postgres."""
+        unseen = time.monotonic() - self.renewed_at
+        if self.is_registered and unseen > settings.LLMTASKS["DROP_AFTER_S"]:
+            self.lose_lease()
 
     def beat(self) -> None:
         before = time.monotonic()
-        with self.lock:
-            if not self.is_registered:
-                self.execute(REGISTER)
-                self.is_registered = True
-                self.renewed_at = before
-        due = self.must_renew or before - self.renewed_at >= RENEW_S
+        if not self.is_registered:
+            self.execute(REGISTER)
+            self.is_registered = True
+            self.renewed_at = before
+        due = self.must_renew or before - self.renewed_at >= settings.LLMTASKS["RENEW_S"]
         self.must_renew = False
         renewed, version, cancelled, clock = self.execute(BEAT, due=due)[0]
         self.clock_offset = clock - datetime.now(UTC)
         if due and renewed:
             self.renewed_at = before
-            self.disown_orphans()
+            self.disown_orphans(before)
         elif due:
             self.lose_lease()
         self.version = version
@@ -156,8 +167,11 @@ class Pulse:
             if call := self.calls.get(task_id):
                 call.drop("cancel")
 
-    def disown_orphans(self) -> None:
+    def disown_orphans(self, now: float) -> None:
         """Let go of tasks that were ours but not under way at two renewals in a row."""
+        if now - self.looked_for_orphans_at < settings.LLMTASKS["RENEW_S"]:
+            return
+        self.looked_for_orphans_at = now
         owned = {task_id for (task_id,) in self.execute(OWNED)}
         idle = owned - self.calls.keys()
         orphans = sorted(idle & self.suspects)
@@ -181,7 +195,7 @@ class Pulse:
             "pid": self.pid,
             "slots": self.slots,
             "queues": Jsonb(self.queues),
-            "lease": LEASE_S,
+            "lease": settings.LLMTASKS["LEASE_S"],
         } | more
         with psycopg.Cursor(self.db) as cursor:
             cursor.execute(sql, values)
@@ -190,9 +204,8 @@ class Pulse:
     def lose_lease(self) -> None:
         """Drop every call and go on under a new id."""
         log.error("the lease lapsed: dropping calls", extra={"calls": len(self.calls)})
-        with self.lock:
-            self.is_registered = False
-            self.id = uuid7()
+        self.is_registered = False
+        self.id = uuid7()
         for call in list(self.calls.values()):
             call.drop("lease")
 
@@ -202,6 +215,8 @@ class Pulse:
                 call.drop("client")
 
     def disconnect(self) -> None:
+        # What a lost renewal was to tell is told by the next.
+        self.must_renew = True
         if self.db is not None:
             with suppress(psycopg.Error):
                 self.db.close()
@@ -209,12 +224,16 @@ class Pulse:
 
 
 def has_left(client: socket.socket) -> bool:
-    """Whether the peer closed its end, found by peeking."""
+    """Whether the peer closed its end, found by peeking. Never waits, whatever the socket's
+    timeout."""
     try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        if not has_input(client.fileno()):
+            return False
+        # Unbound, since an SSLSocket refuses flags.
+        return socket.socket.recv(client, 1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
-    except OSError:
+    except (OSError, ValueError):
         return True
 
 
@@ -255,7 +274,7 @@ def stop() -> None:
 def owner_id() -> UUID:
     """The id under which this process owns tasks. Raises OperationalError while it has none."""
     pulse = start()
-    if not pulse.is_registered:
+    if not pulse.is_registered and not pulse.is_away:
         pulse.tick()
     if not pulse.is_registered:
         from django.db import OperationalError
@@ -295,12 +314,21 @@ def now() -> datetime:
 
 
 @contextmanager
-def watch(task_id: UUID, drop: Drop, client: socket.socket | None = None) -> Iterator[None]:
+def watch(
+    task_id: UUID, drop: Drop, client: socket.socket | None = None, owner: UUID | None = None
+) -> Iterator[None]:
     """While the block runs, `drop(reason)` is called from the pulse thread when the task is to be
-    cancelled (`cancel`), the lease lapsed (`lease`) or the caller hung up (`client`)."""
-    calls = start().calls
-    calls[task_id] = Call(drop, client)
+    cancelled (`cancel`), the lease lapsed (`lease`) or the caller hung up (`client`).
+
+    `owner` is the id under which the task was taken: one that lapsed meanwhile is told at once.
+    """
+    pulse = start()
+    mine = pulse.calls[task_id] = Call(drop, client)
+    if owner is not None and owner != pulse.id:
+        drop("lease")
     try:
         yield
     finally:
-        calls.pop(task_id, None)
+        # A settlement that goes on in another thread watches the same task by now.
+        if pulse.calls.get(task_id) is mine:
+            del pulse.calls[task_id]

@@ -9,6 +9,7 @@ import logging
 from uuid import UUID
 
 import redis
+from django.conf import settings
 from django.db import transaction
 
 from llmtasks import events, ledger, queues
@@ -18,8 +19,7 @@ from llmtasks.stores import fetch
 log = logging.getLogger(__name__)
 
 BATCH = 1000
-# A hint is lost when it is so old and its queue is empty, or when it is much older.
-HINT_LOST_S = 30.0
+# A hint is lost when it is older than HINT_LOST_S and its queue is empty, or than this.
 HINT_LOST_FOR_SURE_S = 600.0
 
 # What the owner's end means: cancelled if that was asked for; inline work and work that must not
@@ -106,7 +106,7 @@ def take_from_dead() -> int:
 
 def put_back_lost_hints() -> int:
     """Tasks whose message the broker or a worker lost."""
-    age = {"age": HINT_LOST_S}
+    age = {"age": settings.LLMTASKS["HINT_LOST_S"]}
     pairs = fetch(OLD_HINTS, age)
     if not pairs:
         return 0

@@ -204,7 +204,24 @@ LLMTASKS = {
         least=0.01,
         kind=float,
     ),
+    "LEASE_S": env.seconds(
+        "LEASE_S", 30, "Seconds after which a process without a sign of life loses its tasks"
+    ),
+    "RENEW_S": env.seconds(
+        "RENEW_S", 5, "How often a process renews its lease, in seconds", least=0.1
+    ),
+    "DROP_AFTER_S": env.seconds(
+        "DROP_AFTER_S", 25, "Without a renewal for so long a process drops its own calls"
+    ),
+    "HINT_LOST_S": env.seconds(
+        "HINT_LOST_S", 30, "When a released task counts as lost if its queue is empty", least=1
+    ),
 }
+if not LLMTASKS["RENEW_S"] < LLMTASKS["DROP_AFTER_S"] < LLMTASKS["LEASE_S"]:
+    raise ImproperlyConfigured(
+        "RENEW_S, DROP_AFTER_S and LEASE_S must grow in that order: a process has to drop its"
+        " calls before its lease runs out"
+    )
 
 # --- Web ------------------------------------------------------------------------------------
 
