@@ -111,7 +111,7 @@ def error_from_response(
         message,
         status=status,
         retry_after=retry_after(headers),
-        code=fault["code"] or fault["type"],
+        code=fault["code"] or fault["type"] or None,
         param=_param(status, fault),
         request_id=request_id(headers),
     )
@@ -125,7 +125,7 @@ def error_from_event(
     status = _status_of(fault)
     return _class(status, fault)(
         _redact(fault["message"] or "the stream ended with an error", secret),
-        code=fault["code"] or fault["type"],
+        code=fault["code"] or fault["type"] or None,
         param=_param(status, fault),
         request_id=request_id(headers),
     )

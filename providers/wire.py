@@ -41,6 +41,18 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _whole(digits: str) -> int | float:
+    # As orjson reads it: what 64 bits can't hold is a float, else nobody could write it again.
+    return int(digits) if len(digits) < 19 else _finite(digits)
+
+
 def parse(data: bytes | str) -> Any:
     """The JSON value in `data`, its text storable. Raises ValueError."""
     try:
@@ -56,7 +68,9 @@ def _parse_odd(data: bytes | str) -> Any:
     # them.
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return _clean_tree(json.loads(text, parse_constant=_no_constant))
+        return _clean_tree(
+            json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        )
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
 
