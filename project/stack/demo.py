@@ -4,6 +4,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,6 +65,19 @@ def parsed(body: bytes) -> Any:
         return json.loads(body)
     except ValueError:
         return body.decode(errors="replace")
+
+
+def refresh_flower(demo: Demo) -> bool:
+    """Have Flower ask the workers for their queues and tasks, which by itself it does only as
+    it starts; whether it answered."""
+    login = b64encode(f"{demo.flower_user}:{demo.flower_password}".encode()).decode()
+    request = urllib.request.Request(  # noqa: S310
+        f"{demo.flower_url}workers?refresh=1", headers={"Authorization": f"Basic {login}"}
+    )
+    try:
+        return send(request, "", 5.0)[0] == 200
+    except OSError:
+        return False
 
 
 def chat(text: str, mode: str) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def program_section(layout: Layout, program: Program) -> list[str]:
         f"[program:{program.name}]",
         f"command = {quoted(shlex.join(program.command))}",
         f"directory = {quoted(ROOT)}",
-        # The others are started once the database has its tables.
-        f"autostart = {str(program.early).lower()}",
+        # `Manager` starts it at its time, at once; supervisord itself would wait a second.
+        "autostart = false",
         "autorestart = true",
         "startsecs = 2",
         # Each try waits a second longer; `Manager.watch` revives what gave up.
@@ -133,7 +133,7 @@ class Manager:
     everything: bool = False
 
     def start(self) -> None:
-        """Start it with the programs that need no tables."""
+        """Start the process manager, without any program yet."""
         write_private(self.layout.supervisor_conf, configuration(self.layout, self.programs))
         self.child = Child(
             name="supervisord",
@@ -147,14 +147,23 @@ class Manager:
         )
         self.child.start()
 
+    def start_early(self) -> None:
+        """Start the programs that need no tables."""
+        names = [f"{GROUP}:{program.name}" for program in self.programs if program.early]
+        self.insist(lambda supervisor: [supervisor.startProcess(name, False) for name in names])
+
     def start_everything(self) -> None:
-        """Start the rest. supervisord may still be starting itself."""
+        """Start all that doesn't run yet."""
         self.everything = True
+        self.insist(lambda supervisor: supervisor.startProcessGroup(GROUP, False))
+
+    def insist(self, question: Callable[[Any], Any]) -> None:
+        """Ask until there is an answer: supervisord may still be starting itself."""
         deadline = time.monotonic() + READY_S
         while self.child and self.child.is_alive() and time.monotonic() < deadline:
-            if self.ask(lambda supervisor: supervisor.startProcessGroup(GROUP, False)) is not None:
+            if self.ask(question) is not None:
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         log = self.layout.logs / "supervisord.out"
         raise StackError(f"the process manager did not start: {tail(log)} (see {log})")
 

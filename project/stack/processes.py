@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from project.stack.errors import Stopped
+from project.stack.layout import ROOT
 
 MARK = "LLMTASKS_STACK"
 PART = "LLMTASKS_STACK_PART"
@@ -124,7 +125,7 @@ def before_exec_of_server() -> None:
 
 @dataclass
 class Child:
-    """A process that we keep running: a server or the process manager."""
+    """A process of ours: a server, the process manager, the preparation."""
 
     name: str
     command: list[str]
@@ -145,7 +146,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
-                cwd="/" if self.user else None,
+                cwd="/" if self.user else ROOT,
                 start_new_session=True,
                 preexec_fn=self.prepare,  # the owner has one thread
                 user=self.user.pw_uid if self.user else None,

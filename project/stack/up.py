@@ -2,21 +2,23 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from project.stack import credentials, demo, environment, ports, processes
 from project.stack.console import say
 from project.stack.demo import Demo
 from project.stack.errors import StackError, Stopped
-from project.stack.layout import ROOT, Layout, holder, locked, write_private
+from project.stack.layout import Layout, holder, locked, write_private
 from project.stack.manager import Manager, interpreter
 from project.stack.owner import Servers, check_external
-from project.stack.processes import PROGRAM, marked, tail
+from project.stack.processes import PROGRAM, Child, marked, tail
 from project.stack.programs import programs
 
 READY_S = 60.0
+# How long Flower is waited for, and how often it is to ask the workers for their queues.
+FLOWER_S = 30.0
 
 
 def up(data: Path | str, *, with_parent: bool) -> int:
@@ -65,19 +67,32 @@ class Stack:
         began = time.monotonic()
         try:
             self.start()
-            self.show(time.monotonic() - began)
-            while True:
-                time.sleep(1.0)
-                self.servers.watch()
-                if self.manager:
-                    self.manager.watch()
+            found = self.demo()
+            self.show(found)
+            seconds = time.monotonic() - began
+            say(f"Up after {seconds:.1f} s. Ctrl-C, or `make down` elsewhere, ends everything.")
+            self.stay(found)
         except Stopped:
             say("stopping…")
             raise
         finally:
             self.stop()
 
+    def stay(self, found: Demo) -> NoReturn:
+        """Look after everything until a signal ends us."""
+        refresh_at = 0.0
+        while True:
+            self.servers.watch()
+            if self.manager:
+                self.manager.watch()
+            if time.monotonic() >= refresh_at:
+                refresh_at = time.monotonic() + FLOWER_S
+                demo.refresh_flower(found)
+            time.sleep(1.0)
+
     def start(self) -> None:
+        # Written anew once all is ready.
+        self.layout.demo.unlink(missing_ok=True)
         if left := processes.end_all(self.layout.data):
             say(f"ended {left} processes that an earlier run left behind")
         self.check_ports()
@@ -95,7 +110,10 @@ class Stack:
             self.layout, programs(interpreter(), self.places), settings, interpreter()
         )
         self.manager.start()
-        self.prepare(settings)
+        preparation = self.preparation(settings)
+        preparation.start()
+        self.manager.start_early()
+        self.wait_for(preparation)
         self.manager.start_everything()
         self.wait_for_web()
 
@@ -105,23 +123,24 @@ class Stack:
             {"FLOWER_PORT": self.places.flower_port, "SANDBOX_PORT": self.places.sandbox_port}
         )
 
-    def prepare(self, settings: dict[str, str]) -> None:
-        """Tables, seed, static files, in a process of their own; its output is kept."""
+    def preparation(self, settings: dict[str, str]) -> Child:
+        """Tables, seed, static files, in a process of their own."""
         log = self.layout.logs / "prepare.log"
-        with log.open("wb") as file:
-            done = subprocess.run(
-                [interpreter(), "-m", "project.stack.prepare"],
-                cwd=ROOT,
-                env=marked(
-                    self.layout.data, PROGRAM, settings | environment.for_seed(self.credentials)
-                ),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=processes.before_exec,
-            )
-        if done.returncode:
+        log.write_bytes(b"")
+        stamp = self.layout.data / "staticfiles.stamp"
+        return Child(
+            name="the preparation",
+            command=[interpreter(), "-m", "project.stack.prepare", str(stamp)],
+            log=log,
+            environment=marked(
+                self.layout.data, PROGRAM, settings | environment.for_seed(self.credentials)
+            ),
+        )
+
+    def wait_for(self, preparation: Child) -> None:
+        process = preparation.process
+        if process is None or process.wait() != 0:
+            log = preparation.log
             raise StackError(f"the database can't be prepared: {tail(log, 1)} (see {log})")
 
     def wait_for_web(self) -> None:
@@ -143,8 +162,8 @@ class Stack:
         host = self.places.bind if self.places.bind not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
         return f"http://{host}:{self.places.port}"
 
-    def show(self, seconds: float) -> None:
-        found = Demo(
+    def demo(self) -> Demo:
+        return Demo(
             base_url=self.base_url,
             api_key=self.credentials["api_key"],
             admin_url=f"{self.base_url}/admin/",
@@ -157,18 +176,23 @@ class Stack:
             redis_url=self.servers.redis_url,
             sandbox_url=f"http://127.0.0.1:{self.places.sandbox_port}",
         )
-        write_private(self.layout.demo, found.as_json())
+
+    def show(self, found: Demo) -> None:
+        """That it works: one request through each door, then every link."""
         say()
         for mode, work in (("inline", demo.run_inline), ("queued", demo.run_queued)):
             try:
                 say(demo.describe(mode, work(self.base_url, found.api_key)))
             except (StackError, OSError) as error:
                 say(f"  {mode:<8} {error} (see {self.layout.logs})")
+        deadline = time.monotonic() + FLOWER_S
+        while not demo.refresh_flower(found) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        write_private(self.layout.demo, found.as_json())
         say()
         for line in demo.links(found):
             say(line)
         say()
-        say(f"Up after {seconds:.1f} s. Ctrl-C, or `make down` in another shell, ends everything.")
 
     def stop(self) -> None:
         processes.ignore_signals()
