@@ -30,11 +30,15 @@ FAMILY = "sandbox"
 CREDENTIAL = "env:SANDBOX_KEY"
 SINCE = datetime(2024, 1, 1, tzinfo=UTC)
 
+STATUSES = (400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529)
 CHAT = (
-    *("echo", "slow-100", "slow-500", "slow-2000", "flaky-1", "flaky-2", "flaky-3", "flaky-9"),
-    *(f"error-{status}" for status in (400, 401, 403, 404, 429, 500, 503, 529)),
-    *("rate-limit-1", "rate-limit-5", "cut", "garbage", "tool"),
-    *("long-50", "long-200", "long-2000", "no-usage"),
+    "echo",
+    *(f"slow-{ms}" for ms in (50, 100, 200, 300, 500, 1000, 1500, 2000, 3000, 5000, 10000, 30000)),
+    *(f"flaky-{times}" for times in (1, 2, 3, 4, 5, 9)),
+    *(f"error-{status}" for status in STATUSES),
+    *(f"rate-limit-{seconds}" for seconds in (1, 2, 3, 5, 10, 30)),
+    *("cut", "garbage", "tool", "no-usage"),
+    *(f"long-{tokens}" for tokens in (5, 10, 20, 50, 100, 200, 500, 1000, 2000)),
 )
 EMBEDDING = ("embed",)
 # A name that the sandbox obeys and that nothing else uses: the one model without a price.
