@@ -71,7 +71,7 @@ def for_programs(
 ) -> dict[str, str]:
     """What every program finds in its environment."""
     return {
-        "SANDBOX_KEY": "sandbox",
+        "SANDBOX_KEY": "sandbox-needs-no-key",
         **environment,
         "SECRET_KEY": credentials["secret_key"],
         "DJANGO_SETTINGS_MODULE": "project.settings",
