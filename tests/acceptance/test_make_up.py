@@ -229,7 +229,10 @@ def check_servers(found: Demo) -> None:
 
 def check_web_is_started_again(checked_out: Checkout, found: Demo) -> None:
     killed = checked_out.program("web")
+    # Its workers go on for a moment without it, and could be taken for the new one's.
+    old = [killed, *killed.children()]
     killed.kill()
+    psutil.wait_procs(old, timeout=20)
     eventually(lambda: checked_out.program("web").pid != killed.pid)
     eventually(lambda: demo.get(f"{found.base_url}/readyz")[0] == 200)
     assert demo.run_queued(found.base_url, found.api_key)["status"] == "succeeded"
