@@ -1,0 +1,75 @@
+"""`make bench` works: a quick run over the sandbox, whose JSON has every figure. No time is
+asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+OF_A_RUN = {
+    "date", "commit", "machine", "postgres", "quick", "upstream", "load", "rounds", "web",
+    "inline", "queue", "seconds",
+}  # fmt: skip
+OF_A_CELL = {
+    "upstream_ms", "concurrency", "requests_per_s", "p50_ms", "p99_ms", "direct_per_s",
+    "direct_p50_ms", "direct_p99_ms", "added_p50_ms", "added_p99_ms", "ratio", "app_cpu_s",
+    "postgres_cpu_s", "web_rss_mb", "answered", "rows",
+}  # fmt: skip
+OF_THE_QUEUE = {
+    "start_p50_ms", "start_p99_ms", "accept_p50_ms", "accept_p99_ms", "answer_p50_ms",
+    "answer_p99_ms", "tasks", "tasks_per_s", "drained_per_s", "worker_cpu_s", "dispatcher_cpu_s",
+    "web_cpu_s", "postgres_cpu_s", "valkey_cpu_s", "worker_rss_mb",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("bench")
+    # Servers of its own: other tests' rows must not be counted, nor its own be seen by them.
+    bench = [sys.executable, "-m", "tests.benchmarks", "--quick", "--upstream", "sandbox"]
+    stack = [sys.executable, "-m", "project.stack", "--data", str(folder / "servers"), "run"]
+    kept = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    done = subprocess.run(
+        [*stack, "--durable", "--", *bench, "--out", str(folder)],
+        cwd=ROOT,
+        env=kept,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "inline" in done.stdout
+    assert "queued" in done.stdout
+    [written] = folder.glob("*.json")
+    found: dict[str, object] = json.loads(written.read_text())
+    return found
+
+
+def test_the_run_is_described(result: dict[str, object]) -> None:
+    assert set(result) == OF_A_RUN
+    assert result["quick"] is True
+    assert result["upstream"] == "sandbox"
+    assert result["postgres"]["fsync"] == "on"  # type: ignore[index]
+
+
+def test_every_cell_has_every_figure(result: dict[str, object]) -> None:
+    cells = result["inline"]
+    assert isinstance(cells, list)
+    levels = [(cell["upstream_ms"], cell["concurrency"]) for cell in cells]
+    assert levels == [(0, 1), (0, 8), (50, 1), (50, 8)]
+    for cell in cells:
+        assert set(cell) == OF_A_CELL
+        assert cell["rows"] >= cell["answered"] > 0
+        assert None not in cell.values()
+
+
+def test_the_queue_has_every_figure(result: dict[str, object]) -> None:
+    queue = result["queue"]
+    assert isinstance(queue, dict)
+    assert set(queue) == OF_THE_QUEUE
+    assert None not in queue.values()

@@ -1,0 +1,153 @@
+"""`python -m tests.benchmarks`: interleaved rounds, medians, tables, and JSON for later."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from tests.benchmarks import application, inline, load, machine, queue, tables, upstream
+from tests.benchmarks.application import Application
+
+ROOT = Path(__file__).parents[2]
+DELAYS_MS = (0, 50)
+
+
+@dataclass(frozen=True)
+class Plan:
+    rounds: int
+    concurrency: tuple[int, ...]
+    seconds: float
+    idle_posts: int
+    queued_tasks: int
+
+    @property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        return tuple((delay, count) for delay in DELAYS_MS for count in self.concurrency)
+
+
+FULL = Plan(rounds=3, concurrency=(1, 8, 32, 128), seconds=5.0, idle_posts=40, queued_tasks=2000)
+QUICK = Plan(rounds=1, concurrency=(1, 8), seconds=1.0, idle_posts=5, queued_tasks=100)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("--quick", action="store_true", help="see that it works: under a minute")
+    parser.add_argument("--rounds", type=int, help="default: 3")
+    parser.add_argument("--upstream", choices=("nginx", "sandbox"), help="default: nginx")
+    parser.add_argument("--out", type=Path, default=ROOT / ".data" / "bench")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    given = options()
+    for name in ("DATABASE_URL", "REDIS_URL"):
+        if not os.environ.get(name):
+            raise SystemExit(f"{name} is not set: run `make bench`, which starts servers")
+    plan = QUICK if given.quick else FULL
+    began = time.monotonic()
+    found = machine.facts(os.environ["DATABASE_URL"])
+    if not given.quick:
+        machine.require_durable(found)
+    given.out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="llmtasks-bench-"))
+    try:
+        figures = run(plan, given.rounds or plan.rounds, folder, given.upstream)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    result = {**found, "quick": given.quick, **figures}
+    result["seconds"] = round(time.monotonic() - began, 1)
+    stamp = found["date"].replace(":", "").replace("+0000", "Z")
+    path = given.out / f"{stamp}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+    say(f"{result['seconds']:.0f} s; {path}")
+    return 0
+
+
+def run(plan: Plan, rounds: int, folder: Path, wanted: str | None) -> dict[str, Any]:
+    """Start everything, measure round by round, end everything."""
+    environment = application.environment()
+    os.environ.update(environment)
+    vendor = upstream.start(folder, DELAYS_MS, environment, wanted)
+    app = Application(folder, environment, application.configure(vendor, DELAYS_MS))
+    try:
+        app.start()
+        with psycopg.connect(environment["DATABASE_URL"], autocommit=True) as database:
+            warm_up(app, database, vendor, plan)
+            found = [measure(app, database, vendor, plan, number) for number in range(rounds)]
+    except SystemExit:
+        keep_logs(folder)
+        raise
+    finally:
+        app.stop()
+        vendor.child.stop()
+    return {
+        "upstream": vendor.kind,
+        "load": load.generator(),
+        "rounds": rounds,
+        "web": {"processes": app.places.web_workers, "threads": app.places.web_threads},
+        "inline": [tables.medians(cell) for cell in zip(*(one for one, _ in found), strict=True)],
+        "queue": tables.medians([one for _, one in found]),
+    }
+
+
+def warm_up(
+    app: Application,
+    database: "psycopg.Connection[Any]",
+    vendor: upstream.Upstream,
+    plan: Plan,
+) -> None:
+    """Connections, caches and threads are made; nothing is kept of it."""
+    levels = tuple((delay, plan.concurrency[-1]) for delay in DELAYS_MS)
+    list(inline.cells(app, vendor, database, levels, 1.0, "warm"))
+    queue.measure(app, database, 2, 20, "warm")
+
+
+def measure(
+    app: Application,
+    database: "psycopg.Connection[Any]",
+    vendor: upstream.Upstream,
+    plan: Plan,
+    number: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    say(f"round {number + 1}…")
+    name = f"round-{number + 1}"
+    cells = list(inline.cells(app, vendor, database, plan.levels, plan.seconds, name))
+    return cells, queue.measure(app, database, plan.idle_posts, plan.queued_tasks, name)
+
+
+def keep_logs(folder: Path) -> None:
+    for log in sorted(folder.glob("*.log")):
+        if text := log.read_text(errors="replace")[-2000:].strip():
+            sys.stderr.write(f"--- {log.name}\n{text}\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    place = result["machine"]
+    say(
+        f"\n{result['date']}, {result['commit']}: {place['cores']} cores ({place['cpu']}), "
+        f"{place['memory_gb']} GB, Python {place['python']}, "
+        f"PostgreSQL {result['postgres']['server_version']} "
+        f"(fsync {result['postgres']['fsync']}), upstream {result['upstream']}, "
+        f"load by {result['load']}, {result['rounds']} rounds\n"
+    )
+    say(tables.table("inline", result["inline"], inline.COLUMNS))
+    say(tables.table("queued, one worker", [result["queue"]], queue.COLUMNS))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
