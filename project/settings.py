@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
+from django.templatetags.static import static
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
@@ -256,6 +257,19 @@ SPECTACULAR_SETTINGS = {
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",
+}
+
+# --- The admin ------------------------------------------------------------------------------
+
+FLOWER_URL = env.text("FLOWER_URL", "", "Where Flower is, for the admin's link to it")
+UNFOLD = {
+    "SITE_TITLE": "llmtasks",
+    "SITE_HEADER": "llmtasks",
+    "SITE_SUBHEADER": "LLM task backend",
+    "SITE_SYMBOL": "hub",
+    "STYLES": [lambda request: static("llmtasks/admin.css")],
+    "SIDEBAR": {"navigation": "llmtasks.admin.navigation.navigation"},
+    "DASHBOARD_CALLBACK": "llmtasks.admin.start.context",
 }
 
 LOG_LEVEL = env.text("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -1,0 +1,10 @@
+"""The admin: one module per group of tables. Runtime rows are read-only; verbs are actions."""
+
+from django.contrib import admin
+
+from llmtasks.admin import accounts, attempts, config, money, tasks, tenancy, workers
+
+__all__ = ["accounts", "attempts", "config", "money", "tasks", "tenancy", "workers"]
+
+# Unfold's own `admin/index.html` would be found before one of ours.
+admin.site.index_template = "admin/llmtasks/start.html"

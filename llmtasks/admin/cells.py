@@ -1,0 +1,130 @@
+"""How values look in lists and on pages."""
+
+from datetime import datetime, timedelta
+from decimal import Decimal
+from uuid import UUID
+
+from django.template.loader import render_to_string
+from django.urls import NoReverseMatch, reverse
+from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+
+from llmtasks.models import Attempt, CostState
+
+NOTHING = "–"  # noqa: RUF001 - a dash, as it is meant
+
+LABELS = {
+    "waiting": "",
+    "queued": "info",
+    "running": "primary",
+    "blocked": "warning",
+    "succeeded": "success",
+    "failed": "danger",
+    "cancelled": "",
+    "expired": "warning",
+    "sent": "primary",
+    "unknown": "warning",
+    "settled": "success",
+    "alive": "success",
+    "on": "success",
+    "paused": "warning",
+    "usable": "success",
+    "revoked": "danger",
+    "tenant is off": "warning",
+    "yes": "success",
+    "no": "danger",
+    "manual": "info",
+}
+
+
+def short(id_: UUID | None) -> str:
+    """Enough of an id to tell it by: the end is random, the start is its time."""
+    text = str(id_ or "")
+    return f"{text[:8]}…{text[-6:]}" if text else NOTHING
+
+
+def money(amount: Decimal | None, state: str) -> SafeString | str:
+    """Dollars, and how sure they are. What is not priced is never shown as 0."""
+    if state == CostState.UNPRICED:
+        known = "" if amount is None else f"{dollars(amount)} + "
+        return format_html('<span class="lt-unpriced">{}unpriced</span>', known)
+    if amount is None:
+        return NOTHING
+    if state == CostState.ESTIMATED:
+        return format_html('<span class="lt-estimated">≈ {} estimated</span>', dollars(amount))
+    return format_html('<span class="lt-number">{}</span>', dollars(amount))
+
+
+def dollars(amount: Decimal) -> str:
+    """Exact, without the zeros at the end beyond cents."""
+    text = f"{amount:,.10f}".rstrip("0")
+    whole, _, places = text.partition(".")
+    return f"${whole}.{places:0<2}".replace("$-", "-$")
+
+
+def tokens(given: int, made: int) -> SafeString | str:
+    if not given and not made:
+        return NOTHING
+    return format_html('<span class="lt-number">{} / {}</span>', f"{given:,}", f"{made:,}")
+
+
+def attempt_tokens(row: Attempt) -> SafeString | str:
+    written = row.cache_write_5m_tokens + row.cache_write_1h_tokens
+    given = row.input_tokens + row.cached_input_tokens + written
+    return tokens(given, row.output_tokens + row.reasoning_tokens)
+
+
+def result(row: Attempt) -> str:
+    """The status and the error of a call."""
+    parts = (str(row.http_status or ""), row.error_class)
+    return " ".join(part for part in parts if part) or NOTHING
+
+
+def latency(row: Attempt) -> str:
+    shown = milliseconds(row.latency_ms)
+    if row.first_token_ms is None:
+        return shown
+    return f"{shown}, first token {milliseconds(row.first_token_ms)}"
+
+
+def label(state: str) -> SafeString:
+    """A coloured label, as Unfold's lists have them."""
+    context = {"type": LABELS.get(state, ""), "text": state}
+    return SafeString(render_to_string("unfold/helpers/label.html", context))
+
+
+def span(start: datetime | None, end: datetime | None) -> str:
+    if start is None:
+        return NOTHING
+    return duration((end or timezone.now()) - start)
+
+
+def duration(length: timedelta) -> str:
+    seconds = max(length.total_seconds(), 0.0)
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def milliseconds(number: int | None) -> str:
+    return NOTHING if number is None else duration(timedelta(milliseconds=number))
+
+
+def link(model: str, pk: object, text: str) -> SafeString | str:
+    """A link to a row's page."""
+    try:
+        url = reverse(f"admin:llmtasks_{model}_change", args=(pk,))
+    except NoReverseMatch:
+        return text
+    return format_html('<a class="lt-link" href="{}">{}</a>', url, text)
+
+
+def list_link(model: str, query: str, text: str) -> SafeString:
+    """A link to a filtered list."""
+    url = reverse(f"admin:llmtasks_{model}_changelist")
+    return format_html('<a class="lt-link" href="{}?{}">{}</a>', url, query, text)

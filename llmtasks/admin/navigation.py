@@ -1,0 +1,67 @@
+"""The sidebar."""
+
+from collections.abc import Callable
+from typing import Any
+
+from django.http import HttpRequest
+from django.urls import reverse
+
+# Group → its tables: model, title, icon.
+GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
+    (
+        "Work",
+        (
+            ("llmtasks.task", "Tasks", "assignment"),
+            ("llmtasks.attempt", "Attempts", "receipt_long"),
+            ("llmtasks.worker", "Workers", "memory"),
+        ),
+    ),
+    (
+        "Configuration",
+        (
+            ("llmtasks.provider", "Providers", "hub"),
+            ("llmtasks.route", "Routes", "alt_route"),
+        ),
+    ),
+    (
+        "Money",
+        (
+            ("llmtasks.price", "Prices", "sell"),
+            ("llmtasks.adjustment", "Adjustments", "balance"),
+        ),
+    ),
+    (
+        "Access",
+        (
+            ("llmtasks.tenant", "Tenants", "apartment"),
+            ("llmtasks.apikey", "API keys", "key"),
+            ("auth.user", "Users", "person"),
+            ("auth.group", "Groups", "group"),
+        ),
+    ),
+)
+
+
+def navigation(request: HttpRequest) -> list[dict[str, Any]]:
+    """Unfold's groups: what the user may not see is left out."""
+    start = {"title": "Overview", "icon": "monitoring", "link": reverse("admin:index")}
+    groups = [{"items": [start]}]
+    for title, tables in GROUPS:
+        items = [item(*table) for table in tables]
+        groups.append({"title": title, "separator": True, "items": items})  # type: ignore[dict-item]
+    return groups
+
+
+def item(model: str, title: str, icon: str) -> dict[str, Any]:
+    return {
+        "title": title,
+        "icon": icon,
+        "link": reverse(f"admin:{model.replace('.', '_')}_changelist"),
+        "permission": may_see(model),
+    }
+
+
+def may_see(model: str) -> Callable[[HttpRequest], bool]:
+    app, _, name = model.partition(".")
+    wanted = [f"{app}.{verb}_{name}" for verb in ("view", "change", "add")]
+    return lambda request: any(request.user.has_perm(each) for each in wanted)

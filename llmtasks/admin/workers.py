@@ -1,0 +1,51 @@
+"""The processes: which are alive, and what they serve."""
+
+from datetime import timedelta
+
+from django.contrib import admin
+from django.utils import timezone
+from django.utils.safestring import SafeString
+
+from llmtasks.admin import cells
+from llmtasks.admin.lists import BoundedAdmin, ReadOnly, choice_filter
+from llmtasks.models import Lane, Task, Worker
+
+
+@admin.register(Worker)
+class WorkerAdmin(ReadOnly, BoundedAdmin):
+    list_display = (
+        "shown_name", "alive", "role", "lane", "slots", "shown_queues", "started_at", "lease",
+    )  # fmt: skip
+    list_filter = (
+        choice_filter("role", Worker.Role.choices),
+        choice_filter("lane", Lane.choices),
+    )
+    search_help_text = "A worker's whole id"
+    fields = (
+        ("alive", "role", "lane"), ("host", "pid", "slots"), ("started_at", "lease"),
+        "running", "shown_queues",
+    )  # fmt: skip
+    readonly_fields = ("alive", "lease", "running", "shown_queues")
+
+    @admin.display(description="process")
+    def shown_name(self, worker: Worker) -> SafeString | str:
+        return cells.link("worker", worker.pk, f"{worker.host}:{worker.pid}")
+
+    @admin.display(description="state")
+    def alive(self, worker: Worker) -> SafeString:
+        return cells.label("alive" if worker.lease_until > timezone.now() else "gone")
+
+    @admin.display(description="lease")
+    def lease(self, worker: Worker) -> str:
+        left = worker.lease_until - timezone.now()
+        if left > timedelta(0):
+            return f"{cells.duration(left)} left"
+        return f"ended {cells.duration(-left)} ago"
+
+    @admin.display(description="queues")
+    def shown_queues(self, worker: Worker) -> str:
+        return ", ".join(worker.queues) or cells.NOTHING
+
+    @admin.display(description="tasks under way")
+    def running(self, worker: Worker) -> int:
+        return Task.objects.filter(owner_id=worker.pk, status="running").count()
