@@ -2,6 +2,7 @@
 
 ApiError                    rendered by `api/errors.py`, in the shape of the door it came through
 ├── InvalidInput            400: `param` names the field, the message says what to do
+│   └── UnknownModel        404, as OpenAI has it
 ├── NotAuthenticated        401
 ├── NotAllowed              403
 ├── NotFound                404: also for what belongs to another tenant
@@ -46,6 +47,13 @@ class InvalidInput(ApiError):
 
     status = 400
     code = "invalid_request"
+
+
+class UnknownModel(InvalidInput):
+    """There is no route of that name; the status is the one of OpenAI's API."""
+
+    status = 404
+    code = "model_not_found"
 
 
 class NotAuthenticated(ApiError):

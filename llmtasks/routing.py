@@ -13,7 +13,7 @@ from pathlib import Path
 from django.db import OperationalError
 
 from llmtasks import pulse
-from llmtasks.errors import InvalidInput
+from llmtasks.errors import InvalidInput, UnknownModel
 from llmtasks.models import Kind, RouteCandidate
 from llmtasks.models import Provider as ProviderRow
 from llmtasks.models import Route as RouteRow
@@ -151,7 +151,7 @@ def find(name: str, kind: str) -> Route:
     """The route of a model name. Raises `InvalidInput` where there is none of that kind."""
     route = snapshot().routes.get(name)
     if route is None:
-        raise InvalidInput(
+        raise UnknownModel(
             f"there is no model {name!r}: GET /v1/models lists those that you may use",
             param="model",
         )

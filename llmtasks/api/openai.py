@@ -25,7 +25,7 @@ from llmtasks.api.doors import (
 from llmtasks.api.errors import Ended
 from llmtasks.api.streaming import replay_chat, stream_chat
 from llmtasks.api.waiting import accepted, tell_preferences, watched
-from llmtasks.errors import Conflict, InvalidInput, NotFound
+from llmtasks.errors import Conflict, InvalidInput, UnknownModel
 from llmtasks.execute import Outcome
 from llmtasks.models import FINAL, Kind, Mode, Scope, Task
 from llmtasks.submit import Work
@@ -114,7 +114,10 @@ class Model(ApiView):
     def get(self, request: Request, name: str) -> HttpResponse:
         principal_of(request).require(Scope.READ)
         if name not in usable_routes():
-            raise NotFound(f"There is no model {name!r}; GET /v1/models lists them.", param="model")
+            raise UnknownModel(
+                f"there is no model {name!r}: GET /v1/models lists those that you may use",
+                param="model",
+            )
         return answers.json_response(model(name))
 
 

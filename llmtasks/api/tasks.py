@@ -57,7 +57,8 @@ class Tasks(ApiView):
                 return run_inline(work, request)
             return of_queued(queue(work), body, wishes)
         except InvalidInput as error:
-            raise InvalidInput(error.message, param=within_input(error.param)) from None
+            error.param = within_input(error.param)
+            raise
 
     @schema.list_tasks
     def get(self, request: Request) -> HttpResponse:
