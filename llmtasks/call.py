@@ -19,7 +19,7 @@ from socket import socket
 from typing import Any
 from uuid import UUID
 
-from django.db import OperationalError
+from django.db import DataError, OperationalError
 
 from llmtasks import bodies, ledger, pricing, pulse, retry, routing, stores
 from llmtasks.errors import (
@@ -34,7 +34,7 @@ from llmtasks.errors import (
     TaskError,
 )
 from llmtasks.ledger import End, Outcome
-from llmtasks.models import Attempt, CostState, Mode, Status, Task
+from llmtasks.models import Attempt, CostState, Mode, OnUnknown, Status, Task
 from llmtasks.retry import Try
 from llmtasks.routing import Candidate
 from providers import errors
@@ -188,7 +188,8 @@ def past_tries(context: Context) -> list[Try]:
 
 @dataclass(slots=True)
 class Sending:
-    """One attempt under way. `streamed` counts the bytes of deltas that went out."""
+    """One attempt under way. `streamed` counts the bytes of deltas that went out; `has_told`
+    says that any delta did, an empty one included."""
 
     candidate: Candidate
     context: Context
@@ -198,6 +199,7 @@ class Sending:
     max_output_tokens: int | None
     started: float
     streamed: int = 0
+    has_told: bool = False
 
     @property
     def provider(self) -> str:
@@ -250,6 +252,7 @@ def send(attempt: Sending, request: AnyRequest) -> Generator[Event, None, AnyRes
         if isinstance(event, Done):
             return event.response
         attempt.streamed += size(event)
+        attempt.has_told = True
         yield event
     raise errors.BadResponse("the stream ended without an answer")
 
@@ -348,9 +351,9 @@ def after_error(
     context, task = attempt.context, attempt.context.task
     settled = error_outcome(attempt, error, type(error).__name__)
     final: Exception | None = None
-    if context.left_s <= 0:
+    if context.left_s <= 0 or error.code == "deadline":
         final = DeadlineExceeded("the deadline passed while a provider was called")
-    elif chosen is None or (attempt.streamed and not context.may_restart):
+    elif chosen is None or (attempt.has_told and not context.may_restart):
         final = error
     elif chosen.wait_s >= context.left_s:
         final = error
@@ -390,7 +393,7 @@ def after_end(attempt: Sending, error: BaseException) -> BaseException:
     else:
         raised = drop_error(context)
     end = failure(context, raised)
-    if isinstance(raised, Interrupted) and context.task.mode == Mode.QUEUED:
+    if isinstance(raised, Interrupted) and may_run_again(context.task):
         end = End(status=Status.WAITING)
     settled = error_outcome(attempt, error, type(raised).__name__)
     if isinstance(error, GeneratorExit):
@@ -400,6 +403,11 @@ def after_end(attempt: Sending, error: BaseException) -> BaseException:
         return error
     settle(attempt, settled, end)
     return raised
+
+
+def may_run_again(task: Task) -> bool:
+    """Whether work whose process died during a call is run once more."""
+    return task.mode == Mode.QUEUED and task.on_unknown == OnUnknown.RETRY
 
 
 def drop_error(context: Context) -> TaskError:
@@ -426,16 +434,39 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
             context.warning = "stored later: Postgres is away"
             ledger.put_end(context.task, end)
             threading.Thread(
-                target=settle_until_done, args=(attempt, settled, end), daemon=True
+                target=settle_aside, args=(attempt, settled, end), name="settle", daemon=True
             ).start()
         else:
             settle_until_done(attempt, settled, end)
+    except DataError:
+        # What the vendor sent can't be stored. An attempt is settled all the same.
+        log.exception("an answer can't be stored", extra={"task": context.task.id})
+        error = InternalError("the provider's answer can't be stored: see the server's log")
+        bare = Outcome(
+            usage=Usage(),
+            cost=settled.cost,
+            cost_state=settled.cost_state,
+            price_id=settled.price_id,
+            http_status=settled.http_status,
+            error_class=type(error).__name__,
+            error_message=error.message,
+        )
+        ledger.finish(context.task, attempt.id, bare, failure(context, error))
+        raise error from None
+
+
+def settle_aside(attempt: Sending, settled: Outcome, end: End) -> None:
+    """In a thread of its own: the caller has the answer."""
+    try:
+        settle_until_done(attempt, settled, end)
+    except Exception:
+        log.exception("a settlement was lost", extra={"task": attempt.context.task.id})
 
 
 def settle_until_done(attempt: Sending, settled: Outcome, end: End) -> None:
     context = attempt.context
     # Still under way: the pulse must not take it for forgotten.
-    with pulse.watch(context.task.id, context.drop):
+    with pulse.watch(context.task.id, context.drop, owner=context.task.owner_id):
         while context.dropped != "lease":
             time.sleep(SETTLE_AGAIN_S)
             try:

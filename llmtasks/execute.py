@@ -16,6 +16,7 @@ from llmtasks.errors import (
     ApiError,
     Conflict,
     InternalError,
+    Interrupted,
     Lost,
     NoProvider,
     NotFound,
@@ -101,6 +102,8 @@ def conclude_inline(task: Task, error: Exception) -> None:
             task.refresh_from_db()
         else:
             conclude(task, error)
+    except IntegrityError as taken:
+        raise Conflict("a request with this Idempotency-Key was faster", retry_after=1) from taken
     except OperationalError:
         log.warning("Postgres went away under a task", extra={"task": task.id})
         ledger.put_end(task, call.describe(call.final_status(error), error))
@@ -166,6 +169,8 @@ def conclude(task: Task, error: Exception) -> None:
     if task.status in FINAL:
         return
     end = call.describe(call.final_status(error), error)
+    if isinstance(error, Interrupted) and call.may_run_again(task):
+        end = ledger.End(status=Status.WAITING)
     try:
         if task._state.adding:
             ledger.write_ended(task, end)
@@ -181,6 +186,11 @@ def tell(task: Task) -> None:
     events.publish(task.id, name, {"status": task.status})
 
 
+IDLE = (Status.WAITING, Status.QUEUED, Status.BLOCKED)
+CANCEL_LOOKS = 10
+CANCELLED: dict[str, Any] = {"error_class": "Cancelled", "error_message": "cancelled on request"}
+
+
 def cancel(task_id: UUID, tenant_id: UUID | None = None) -> Task:
     """Cancel a task: at once where it waits, within a second where it runs.
 
@@ -192,18 +202,16 @@ def cancel(task_id: UUID, tenant_id: UUID | None = None) -> Task:
     task = tasks.first()
     if task is None:
         raise NotFound(f"there is no task {task_id}")
-    waiting = [Status.WAITING, Status.QUEUED, Status.BLOCKED]
-    ended = ledger.move(
-        task_id,
-        waiting,
-        Status.CANCELLED,
-        error_class="Cancelled",
-        error_message="cancelled on request",
-    )
-    running = tasks.filter(status=Status.RUNNING)
-    if not ended and not running.update(cancel_requested_at=ClockTimestamp()):
+    ended = False
+    # Between two looks it may have gone from one side to the other.
+    for _ in range(CANCEL_LOOKS):
+        if ended := ledger.move(task_id, IDLE, Status.CANCELLED, **CANCELLED):
+            break
+        if tasks.filter(status=Status.RUNNING).update(cancel_requested_at=ClockTimestamp()):
+            break
         task.refresh_from_db()
-        raise Conflict(f"the task is {task.status} already")
+        if task.status in FINAL:
+            raise Conflict(f"the task is {task.status} already")
     task.refresh_from_db()
     if ended:
         tell(task)

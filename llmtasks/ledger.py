@@ -199,11 +199,16 @@ SETTLED = """
     reasoning_tokens = %(reasoning)s, raw_usage = %(raw_usage)s::jsonb,
     price_id = %(price)s::int, cost = %(cost)s::numeric, cost_state = %(cost_state)s::text
 """
-SETTLE = f"UPDATE llmtasks_attempt SET {SETTLED} WHERE id = %(attempt)s AND state <> 'settled'"
-# The task's row is locked before the attempt's, as everywhere.
+SETTLE = f"""
+UPDATE llmtasks_attempt SET {SETTLED} WHERE id = %(attempt)s AND state <> 'settled' RETURNING id
+"""
+# The task's row is locked before the attempt's, as everywhere. A cancel that came too late to
+# drop the call ends a task that would wait for its next.
 FINISH = f"""
 WITH mine AS (
-    SELECT id FROM llmtasks_task
+    SELECT id, CASE WHEN %(status)s::text = 'waiting' AND cancel_requested_at IS NOT NULL
+                    THEN 'cancelled' ELSE %(status)s::text END AS status
+    FROM llmtasks_task
     WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
 ), a AS (
     UPDATE llmtasks_attempt SET {SETTLED}
@@ -225,15 +230,18 @@ UPDATE llmtasks_task t SET
         WHEN 'unpriced' IN (t.cost_state, %(cost_state)s::text) THEN 'unpriced'
         WHEN 'estimated' IN (t.cost_state, %(cost_state)s::text) THEN 'estimated'
         ELSE 'final' END,
-    status = %(status)s::text,
-    owner_id = CASE WHEN %(status)s::text = 'running' THEN owner_id END,
-    finished_at = CASE WHEN %(is_final)s THEN clock_timestamp() END,
+    status = mine.status,
+    owner_id = CASE WHEN mine.status = 'running' THEN owner_id END,
+    finished_at = CASE WHEN mine.status = ANY(%(final)s) THEN clock_timestamp() END,
     not_before = clock_timestamp() + make_interval(secs => %(wait_s)s),
-    error_class = %(end_class)s, error_message = %(end_message)s,
+    error_class = CASE WHEN mine.status = 'cancelled' AND %(status)s::text = 'waiting'
+                       THEN 'Cancelled' ELSE %(end_class)s::text END,
+    error_message = CASE WHEN mine.status = 'cancelled' AND %(status)s::text = 'waiting'
+                         THEN 'cancelled on request' ELSE %(end_message)s::text END,
     error_status = %(end_status)s::int, error_param = %(end_param)s,
     retry_after = %(retry_after)s::float
-FROM a WHERE t.id = a.task_id
-RETURNING t.cost, t.cost_state, t.finished_at
+FROM a, mine WHERE t.id = a.task_id AND mine.id = t.id
+RETURNING t.cost, t.cost_state, t.finished_at, t.status
 """
 
 
@@ -250,16 +258,15 @@ def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
         if rows and forget:
             IdempotencyKey.objects.filter(task_id=task.id).delete()
     if not rows:
-        settle_late(task.id, attempt_id, outcome)
-        raise Lost
-    [(task.cost, task.cost_state, task.finished_at)] = rows
+        rows = settle_late(task, attempt_id, outcome, end)
+    [(task.cost, task.cost_state, task.finished_at, status)] = rows
     usage = outcome.usage
     task.input_tokens += usage.input_tokens
     task.cached_input_tokens += usage.cached_input_tokens
     task.cache_write_tokens += usage.cache_write_tokens
     task.output_tokens += usage.output_tokens
     task.reasoning_tokens += usage.reasoning_tokens
-    put_end(task, end)
+    put_end(task, end if status == end.status else CANCELLED)
 
 
 def outcome_values(attempt_id: UUID, outcome: Outcome) -> dict[str, Any]:
@@ -270,15 +277,15 @@ def outcome_values(attempt_id: UUID, outcome: Outcome) -> dict[str, Any]:
         "first_token_ms": outcome.first_token_ms,
         "http_status": outcome.http_status,
         "error_class": outcome.error_class,
-        "error_message": outcome.error_message,
-        "vendor_request_id": outcome.vendor_request_id[:200],
+        "error_message": bodies.storable(outcome.error_message),
+        "vendor_request_id": bodies.storable(outcome.vendor_request_id)[:200],
         "input": usage.input_tokens,
         "cached": usage.cached_input_tokens,
         "write_5m": usage.cache_write_5m_tokens,
         "write_1h": usage.cache_write_1h_tokens,
         "output": usage.output_tokens,
         "reasoning": usage.reasoning_tokens,
-        "raw_usage": None if outcome.raw_usage is None else Jsonb(dict(outcome.raw_usage)),
+        "raw_usage": None if outcome.raw_usage is None else bodies.dump(outcome.raw_usage).decode(),
         "price": outcome.price_id,
         "cost": outcome.cost,
         "cost_state": outcome.cost_state,
@@ -290,15 +297,20 @@ def end_values(task: Task, end: End) -> dict[str, Any]:
         "task": task.id,
         "fence": task.fence,
         "status": end.status,
-        "is_final": end.status in FINAL,
+        "final": [str(status) for status in FINAL],
         "wait_s": end.wait_s,
         "response": None if end.response is None else end.response.decode(),
         "end_class": end.error_class,
-        "end_message": end.error_message,
+        "end_message": bodies.storable(end.error_message),
         "end_status": end.error_status,
         "end_param": end.error_param,
         "retry_after": end.retry_after,
     }
+
+
+CANCELLED = End(
+    status=Status.CANCELLED, error_class="Cancelled", error_message="cancelled on request"
+)
 
 
 def put_end(task: Task, end: End) -> None:
@@ -311,13 +323,21 @@ def put_end(task: Task, end: End) -> None:
     task.retry_after = end.retry_after
 
 
-def settle_late(task_id: UUID, attempt_id: UUID, outcome: Outcome) -> None:
-    """Settle an attempt of a task that is no longer ours, and count the task's money anew."""
+def settle_late(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> list[Any]:
+    """Settle an attempt whose task `FINISH` did not find, and count the task's money anew.
+
+    Raises `Lost`, unless it was our own `FINISH` that changed both: the connection broke before
+    its answer came.
+    """
     with transaction.atomic():
         # The task first, as everywhere: two settlements of one task must not cross.
-        Task.objects.select_for_update().filter(id=task_id).first()
-        fetch(SETTLE, outcome_values(attempt_id, outcome))
-        recount([task_id])
+        row = Task.objects.select_for_update().filter(id=task.id).first()
+        if fetch(SETTLE, outcome_values(attempt_id, outcome)):
+            recount([task.id])
+            row = None
+    if row is None or (row.fence, row.status) != (task.fence, end.status):
+        raise Lost
+    return [(row.cost, row.cost_state, row.finished_at, row.status)]
 
 
 RECOUNT = """
@@ -348,6 +368,7 @@ def recount(task_ids: Sequence[UUID]) -> None:
 def write_ended(task: Task, end: End) -> None:
     """Write an inline task that ended before its first attempt: alone, and already final."""
     put_end(task, end)
+    task.error_message = bodies.storable(end.error_message)
     if end.error_class in FORGETTABLE:
         task.key_row = None
     task.finished_at = task.started_at = pulse.now()
@@ -363,13 +384,19 @@ def write_ended(task: Task, end: End) -> None:
 
 
 def move(
-    task_id: UUID, leaving: Sequence[str], to: str, *, fence: int | None = None, **changes: Any
+    task_id: UUID,
+    leaving: Sequence[str],
+    to: str,
+    *,
+    fence: int | None = None,
+    where: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> bool:
     """One arrow of the state diagram; whether it was ours to go.
 
     `leaving` are the states that it may start from; for a running task give its `fence`.
     """
-    rows = Task.objects.filter(id=task_id, status__in=leaving)
+    rows = Task.objects.filter(id=task_id, status__in=leaving, **(where or {}))
     if fence is not None:
         rows = rows.filter(fence=fence)
     if to in FINAL:
@@ -381,23 +408,32 @@ def move(
 
 def end_running(task: Task, end: End) -> None:
     """Change a task of ours that has no attempt to settle. Raises `Lost`."""
-    ours = move(
-        task.id,
-        [Status.RUNNING],
-        end.status,
-        fence=task.fence,
-        not_before=ClockTimestamp() + timedelta(seconds=end.wait_s),
-        error_class=end.error_class,
-        error_message=end.error_message,
-        error_status=end.error_status,
-        error_param=end.error_param,
-        retry_after=end.retry_after,
-    )
-    if not ours:
+    # A task whose cancel was asked for does not go back to waiting.
+    unless = {"cancel_requested_at": None} if end.status == Status.WAITING else {}
+    for chosen, where in ((end, unless), (CANCELLED, {})):
+        if move(task.id, [Status.RUNNING], chosen.status, where=where, **ours(task, chosen)):
+            break
+        if not unless:
+            raise Lost
+    else:
         raise Lost
-    put_end(task, end)
-    if end.status in FINAL:
+    put_end(task, chosen)
+    if chosen.status in FINAL:
         task.finished_at = pulse.now()
+    if task.key_row is not None and chosen.error_class in FORGETTABLE:
+        IdempotencyKey.objects.filter(task_id=task.id).delete()
+
+
+def ours(task: Task, end: End) -> dict[str, Any]:
+    return {
+        "fence": task.fence,
+        "not_before": ClockTimestamp() + timedelta(seconds=end.wait_s),
+        "error_class": end.error_class,
+        "error_message": bodies.storable(end.error_message),
+        "error_status": end.error_status,
+        "error_param": end.error_param,
+        "retry_after": end.retry_after,
+    }
 
 
 TASK_COLUMNS = [column.column for column in Task._meta.concrete_fields]
