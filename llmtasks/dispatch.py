@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -56,30 +56,34 @@ SELECT provider, lane, count(*) FROM llmtasks_task
 WHERE status IN ('queued', 'running') AND mode = 'queued' GROUP BY provider, lane
 """
 
-# For each provider and lane with room: the tenants that wait there (a skip scan over the index),
-# of each its oldest tasks, and of those as many as there is room for, tenants taking turns.
+# For each provider and lane with room: tenants that have work due there, found by a skip scan over
+# the index which begins after the tenant that had its turn last (part 0) and goes round (part 1);
+# of each its oldest tasks; and of those as many as there is room for, tenants taking turns.
 PICK = """
-WITH RECURSIVE room AS (
-    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(rooms)s::int[])
-        AS r(provider, lane, free)
+WITH RECURSIVE asked AS (
+    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(rooms)s::int[],
+                         %(last)s::uuid[]) AS r(provider, lane, free, last)
 ), tenants AS (
-    SELECT r.provider, r.lane, r.free, (
-        SELECT tenant_id FROM llmtasks_task
-        WHERE status = 'waiting' AND provider = r.provider AND lane = r.lane
-        ORDER BY tenant_id LIMIT 1) AS tenant_id
-    FROM room r
+    SELECT provider, lane, free, 0 AS part, last AS tenant_id,
+        'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid AS until, false AS is_due, 0 AS found
+    FROM asked
     UNION ALL
-    SELECT s.provider, s.lane, s.free, (
-        SELECT tenant_id FROM llmtasks_task
+    SELECT provider, lane, free, 1, '00000000-0000-0000-0000-000000000000', last, false, 0
+    FROM asked
+    UNION ALL
+    SELECT s.provider, s.lane, s.free, s.part, n.tenant_id, s.until, n.is_due,
+        s.found + n.is_due::int
+    FROM tenants s CROSS JOIN LATERAL (
+        SELECT tenant_id, not_before <= statement_timestamp() AS is_due FROM llmtasks_task
         WHERE status = 'waiting' AND provider = s.provider AND lane = s.lane
-            AND tenant_id > s.tenant_id
-        ORDER BY tenant_id LIMIT 1)
-    FROM tenants s WHERE s.tenant_id IS NOT NULL
+            AND tenant_id > s.tenant_id AND tenant_id <= s.until
+        ORDER BY tenant_id, not_before LIMIT 1
+    ) n
+    WHERE s.found < s.free
 ), counted AS (
-    SELECT *, count(*) OVER (PARTITION BY provider, lane) AS tenants
-    FROM tenants WHERE tenant_id IS NOT NULL
+    SELECT *, count(*) OVER (PARTITION BY provider, lane) AS tenants FROM tenants WHERE is_due
 ), turns AS (
-    SELECT t.id, c.provider, c.lane, c.free, t.not_before,
+    SELECT t.id, c.provider, c.lane, c.free, c.part, c.tenant_id,
         row_number() OVER (PARTITION BY c.provider, c.lane, c.tenant_id ORDER BY t.not_before) turn
     FROM counted c CROSS JOIN LATERAL (
         SELECT id, not_before FROM llmtasks_task
@@ -89,7 +93,7 @@ WITH RECURSIVE room AS (
     ) t
 ), ranked AS (
     SELECT id, free,
-        row_number() OVER (PARTITION BY provider, lane ORDER BY turn, not_before, id) AS place
+        row_number() OVER (PARTITION BY provider, lane ORDER BY turn, part, tenant_id) AS place
     FROM turns
 ), picked AS (
     SELECT t.id, r.place FROM ranked r JOIN llmtasks_task t ON t.id = r.id
@@ -98,13 +102,24 @@ WITH RECURSIVE room AS (
 )
 UPDATE llmtasks_task t SET status = 'queued', seq = seq + 1, queued_at = clock_timestamp()
 FROM picked WHERE t.id = picked.id AND t.status = 'waiting'
-RETURNING t.id, t.seq, t.provider, t.lane, picked.place
+RETURNING t.id, t.seq, t.provider, t.lane, t.tenant_id, picked.place
 """
 
 PUT_BACK = """
-UPDATE llmtasks_task SET status = 'waiting', queued_at = NULL
-WHERE id = ANY(%(ids)s) AND status = 'queued' AND queued_at > clock_timestamp() - interval '1 min'
+WITH unsent AS (
+    SELECT id FROM llmtasks_task
+    WHERE id = ANY(%(ids)s) AND status = 'queued'
+        AND queued_at > clock_timestamp() - interval '1 min'
+    ORDER BY id FOR UPDATE
+)
+UPDATE llmtasks_task t SET status = 'waiting', queued_at = NULL
+FROM unsent WHERE t.id = unsent.id
 """
+
+NOBODY = UUID(int=0)
+
+# (provider, lane) → the tenant that had its turn there last.
+Turns = dict[tuple[str, str], UUID]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +128,23 @@ class Hint:
     seq: int
     provider: str
     lane: str
+    tenant_id: UUID
 
 
-def release() -> tuple[int, bool]:
+def release(turns: Turns) -> tuple[int, bool]:
     """One round: how many tasks were released, and whether more may wait than there was room.
+    `turns` goes from round to round.
 
     Raises `OperationalError` (Postgres) and `BrokerError`, after which nothing is half done.
     """
     rooms, is_full = free_rooms()
-    hints = pick(rooms) if rooms else []
+    hints = pick(rooms, turns) if rooms else []
     if not hints:
         return 0, is_full
     try:
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
     except (BrokerError, OSError, redis.RedisError):
-        fetch(PUT_BACK, {"ids": sorted(h.task_id for h in hints)})
+        fetch(PUT_BACK, {"ids": [h.task_id for h in hints]})
         raise
     for hint in hints:
         events.publish(hint.task_id, "state", {"status": Status.QUEUED})
@@ -158,15 +175,18 @@ def window(slots: int) -> int:
     return max(1, int(slots * settings.LLMTASKS["PROVIDER_SHARE"]))
 
 
-def pick(rooms: dict[tuple[str, str], int]) -> list[Hint]:
+def pick(rooms: dict[tuple[str, str], int], turns: Turns) -> list[Hint]:
     """Move as many due tasks to `queued` as there is room for, and name them in order."""
     values: dict[str, Any] = {
         "providers": [provider for provider, _ in rooms],
         "lanes": [lane for _, lane in rooms],
         "rooms": list(rooms.values()),
+        "last": [turns.get(place, NOBODY) for place in rooms],
     }
-    rows = sorted(fetch(PICK, values), key=lambda row: row[4])
-    return [Hint(*row[:4]) for row in rows]
+    rows = sorted(fetch(PICK, values), key=lambda row: row[5])
+    hints = [Hint(*row[:5]) for row in rows]
+    turns.update({(hint.provider, hint.lane): hint.tenant_id for hint in hints})
+    return hints
 
 
 @dataclass
@@ -180,6 +200,7 @@ class Dispatcher:
     swept_at: float = float("-inf")
     # Postgres came back: nobody's lease counts as lapsed before this (monotonic).
     patient_until: float = float("-inf")
+    turns: Turns = field(default_factory=dict)
 
     def run(self) -> None:
         """Until `stopped`; survives the absence of either store."""
@@ -215,7 +236,7 @@ class Dispatcher:
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
             self.sweep()
-        _, more = release()
+        _, more = release(self.turns)
         return BUSY_POLL_S if more else POLL_S
 
     def lead(self) -> bool:
@@ -264,4 +285,5 @@ class Ears:
                 pass
         except (redis.RedisError, OSError):
             self.pubsub = None
+            time.sleep(seconds)
             time.sleep(seconds)
