@@ -7,13 +7,12 @@ Queued work becomes rows in status `waiting`, and the dispatcher is woken.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import UUID
 
 import orjson
 from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models.functions import Now
 from uuid_utils.compat import uuid7
 
 from llmtasks import bodies, pulse, queues, routing
@@ -32,6 +31,9 @@ from llmtasks.models import (
 
 MAX_DEADLINE_S = 30 * 86_400.0
 MAX_AHEAD = timedelta(days=365)
+# How often work is made anew because requests with the same keys were faster.
+KEY_LOOKS = 5
+REUSED = "this Idempotency-Key came with another body before: use a new key"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,27 +79,49 @@ def inline(work: Work) -> Task:
 def queued(works: Sequence[Work]) -> list[Task | ApiError]:
     """A saved task for each work, or the error that refused it, in order.
 
-    All that are valid are saved in one transaction. A work whose Idempotency-Key was used before
-    gives the task of then.
+    All that are valid are saved in one transaction. A work whose Idempotency-Key was used before,
+    here too, gives the task of then.
     """
-    results: list[Task | ApiError] = []
-    for work in works:
+    for _ in range(KEY_LOOKS):
+        results = [found_or_made(work) for work in works]
+        share_keys(results)
+        fresh = {task.id: task for task in results if is_fresh(task)}
         try:
-            found = replay(work.tenant_id, work.idempotency) if work.idempotency else None
-            results.append(found or make(work, Mode.QUEUED))
-        except ApiError as error:
-            results.append(error)
-    fresh = [task for task in results if isinstance(task, Task) and task._state.adding]
+            save(list(fresh.values()))
+        except IntegrityError:
+            # Another request with the same key was faster; now its task is there to be found.
+            if not any(task.key_row for task in fresh.values()):
+                raise
+            continue
+        if fresh:
+            queues.wake()
+        return results
+    raise Conflict("other requests with this Idempotency-Key were faster", retry_after=1)
+
+
+def found_or_made(work: Work) -> Task | ApiError:
     try:
-        save(fresh)
-    except IntegrityError:
-        # Another request with the same key was faster; now its task is there to be found.
-        if not any(work.idempotency for work in works):
-            raise
-        return queued(works)
-    if fresh:
-        queues.wake()
-    return results
+        found = replay(work.tenant_id, work.idempotency) if work.idempotency else None
+        return found or make(work, Mode.QUEUED)
+    except ApiError as error:
+        return error
+
+
+def is_fresh(result: Task | ApiError) -> TypeGuard[Task]:
+    return isinstance(result, Task) and result._state.adding
+
+
+def share_keys(results: list[Task | ApiError]) -> None:
+    """Within one request too a key stands for one task."""
+    first: dict[tuple[UUID, str, str], Task] = {}
+    for index, task in enumerate(results):
+        if not is_fresh(task) or (row := task.key_row) is None:
+            continue
+        known = first.setdefault((row.tenant_id, row.endpoint, row.key), task)
+        if known.key_row is None or known.key_row.body_hash == row.body_hash:
+            results[index] = known
+        else:
+            results[index] = KeyReused(REUSED)
 
 
 def save(tasks: Sequence[Task]) -> None:
@@ -190,15 +214,17 @@ def replay(tenant_id: UUID, given: Idempotency) -> Task | None:
         tenant_id=tenant_id, endpoint=given.endpoint, key=given.key
     )
     row = found.first()
-    if row is not None and row.expires_at <= pulse.now():
-        found.filter(expires_at__lte=Now()).delete()
-        row = None
     if row is None:
         return None
+    if row.expires_at <= pulse.now():
+        found.filter(id=row.id).delete()
+        return None
     if row.body_hash != given.body_hash:
-        raise KeyReused("this Idempotency-Key came with another body before: use a new key")
+        raise KeyReused(REUSED)
     task = Task.objects.select_related("payload").filter(id=row.task_id).first()
-    if task is not None and task.mode == Mode.INLINE and task.status not in FINAL:
+    if task is None:
+        found.filter(id=row.id).delete()
+    elif task.mode == Mode.INLINE and task.status not in FINAL:
         raise Conflict("the request with this Idempotency-Key still runs: ask again", retry_after=1)
     return task
 
