@@ -17,6 +17,9 @@ TRIES_A_CANDIDATE = 2
 BACKOFF_S = 0.5
 BACKOFF_CAP_S = 30.0
 
+# A permission may be missing for one model only; these hold for all.
+OF_THE_ACCOUNT = (errors.AuthenticationFailed, errors.QuotaExhausted)
+
 CLASSES: dict[str, type[errors.ProviderError]] = {
     name: value
     for name, value in vars(errors).items()
@@ -76,6 +79,9 @@ def is_ruled_out(
     """Whether an earlier try says that this candidate can't answer."""
     mine = of(candidate, tries)
     if any(not t.error.retryable for t in mine):
+        return True
+    # An account's other models have the same credential.
+    if any(t.provider == candidate.provider and issubclass(t.error, OF_THE_ACCOUNT) for t in tries):
         return True
     # An answer that nobody can read is on the bill all the same.
     if sum(issubclass(t.error, errors.BadResponse) for t in mine) >= TRIES_A_CANDIDATE:
