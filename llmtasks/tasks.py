@@ -5,7 +5,7 @@ for faults of the database.
 """
 
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -44,11 +44,20 @@ def purge() -> dict[str, int]:
     """Delete what is past its retention: bodies, idempotency keys, processes long gone."""
     now = pulse.now()
     payload_age = now - timedelta(days=settings.LLMTASKS["PAYLOAD_DAYS"])
+    # Ids are ordered by time: only bodies of tasks that were made before can be of ended ones.
+    old = TaskPayload.objects.filter(
+        task_id__lt=first_id_of(payload_age), task__finished_at__lt=payload_age
+    )
     return {
-        "bodies": delete(TaskPayload.objects.filter(task__finished_at__lt=payload_age), "task_id"),
+        "bodies": delete(old, "task_id"),
         "keys": delete(IdempotencyKey.objects.filter(expires_at__lt=now), "id"),
         "workers": delete(Worker.objects.filter(lease_until__lt=now - timedelta(days=1)), "id"),
     }
+
+
+def first_id_of(time: datetime) -> UUID:
+    """The smallest UUIDv7 of that millisecond."""
+    return UUID(int=int(time.timestamp() * 1000) << 80)
 
 
 def delete(rows: Any, key: str) -> int:

@@ -1,5 +1,6 @@
 """Logs as JSON lines, each with the id of the request or the task that it belongs to."""
 
+import json
 import logging
 import re
 import traceback
@@ -56,4 +57,8 @@ class JsonFormatter(logging.Formatter):
         line.update({name: value for name, value in extra if name not in RECORD_FIELDS})
         if record.exc_info:
             line["trace"] = "".join(traceback.format_exception(*record.exc_info))
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:
+            # Text with lone surrogates, integers of more than 64 bits.
+            return json.dumps(line, default=str)
