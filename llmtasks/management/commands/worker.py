@@ -1,7 +1,9 @@
 """`manage.py worker --lane LANE`: a Celery worker that serves one lane of every provider."""
 
+import logging
 import socket
 import threading
+import time
 from typing import Any
 
 from celery import current_app, signals
@@ -12,8 +14,12 @@ from django.db import OperationalError
 from llmtasks import checks, pulse, queues, routing, stores, tasks
 from llmtasks.models import Lane, Worker
 
+log = logging.getLogger(__name__)
+
 # How often a worker looks whether its pulse saw a new configuration.
 LOOK_S = 0.1
+# How long the consumer may take for it before it is asked again: Redis may be away.
+AGAIN_S = 2.0
 MAINTENANCE = "maintenance"
 
 
@@ -34,6 +40,7 @@ class Command(BaseCommand):
         pulse.start(Worker.Role.WORKER, lane, slots)
         follower = Follower(lane)
         signals.worker_ready.connect(follower.start, weak=False)
+        signals.worker_shutting_down.connect(follower.stop, weak=False)
         try:
             current_app.worker_main(
                 [
@@ -56,30 +63,44 @@ class Follower:
         # Celery needs a queue to start with: periodic work goes with the least urgent lane.
         self.base = [MAINTENANCE if lane == Lane.BULK else f"{lane}.idle"]
         self.consumer: Any = None
+        # The version of the configuration whose queues are listed.
+        self.served = -1
+        self.is_stopping = False
 
     def start(self, sender: Any, **_: Any) -> None:
-        """Signal `worker_ready`: the consumer is there."""
-        self.consumer = sender
-        threading.Thread(target=self.follow, name="follow-config", daemon=True).start()
+        """Signal `worker_ready`: the consumer is there. It comes again where Celery made a new
+        one."""
+        is_first, self.consumer = self.consumer is None, sender
+        if is_first:
+            threading.Thread(target=self.follow, name="follow-config", daemon=True).start()
+
+    def stop(self, **_: Any) -> None:
+        """Signal `worker_shutting_down`: tasks under way end, no others are sent here."""
+        self.is_stopping = True
+        pulse.serve([])
 
     def follow(self) -> None:
-        seen = -1
-        while True:
+        asked_at = float("-inf")
+        asked = -1
+        while not self.is_stopping:
             version = pulse.config_version()
-            if version != seen:
+            is_due = version != asked or time.monotonic() - asked_at >= AGAIN_S
+            if version != self.served and is_due:
                 try:
                     providers = sorted(routing.snapshot().providers)
                 except OperationalError:
-                    version = seen
+                    log.warning("the configuration can't be read: Postgres is away")
                 else:
-                    self.consumer.call_soon(self.serve, providers)
+                    self.consumer.call_soon(self.serve, providers, version)
                 finally:
                     stores.release()
-                seen = version
-            threading.Event().wait(LOOK_S)
+                asked, asked_at = version, time.monotonic()
+            time.sleep(LOOK_S)
 
-    def serve(self, providers: list[str]) -> None:
+    def serve(self, providers: list[str], version: int) -> None:
         """In the consumer's thread: tasks and queues for all providers, then say so."""
+        if self.is_stopping:
+            return
         tasks.register(current_app, providers)
         self.consumer.update_strategies()
         names = queues.all_queues(providers, self.lane)
@@ -87,3 +108,4 @@ class Follower:
             if not self.consumer.task_consumer.consuming_from(name):
                 self.consumer.add_task_queue(name)
         pulse.serve(names)
+        self.served = version
