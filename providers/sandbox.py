@@ -36,6 +36,7 @@ from providers.sandbox_calls import Ledger, Tally
 from providers.sandbox_http import Connection, Refused, Request
 
 TICK: Final = 0.02  # seconds between two writes of a stream with a rate
+MAX_BATCH: Final = 500  # tokens of one write, so that no stream keeps the others waiting
 
 
 class _Server:
@@ -196,15 +197,16 @@ async def _paced(
     sent = 0
     while True:
         due = int((loop.time() - begun) * rate) + 1
-        batch = list(itertools.islice(deltas, due - sent))
+        asked = min(due - sent, MAX_BATCH)
+        batch = list(itertools.islice(deltas, asked))
         if batch:
             await client.chunk(b"".join(batch))
             sent += len(batch)
             for tally in tallies:
                 tally.bill(0, len(batch))
-        if sent < due:
+        if len(batch) < asked:
             return
-        await asyncio.sleep(max(TICK, 1 / rate))
+        await asyncio.sleep(max(TICK, 1 / rate) if sent == due else 0)
 
 
 async def _serve(
@@ -288,7 +290,7 @@ class Sandbox:
     def stop(self) -> None:
         if self._loop is not None and self._stop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+            self._thread.join()
 
     def __enter__(self) -> "Sandbox":
         return self.start()

@@ -184,8 +184,8 @@ def answer(prompt: Prompt, wanted: Behaviour) -> Answer:
     given = prompt.input_tokens
     if wanted.kind == "tool" and prompt.tool is not None and not prompt.after_tool:
         name, schema = prompt.tool
-        arguments = orjson.dumps(minimal(schema, schema)).decode()
-        return Answer(tool=(name, arguments), input_tokens=given)
+        given_to_tool = minimal({"type": "object", **schema}, schema)
+        return Answer(tool=(name, orjson.dumps(given_to_tool).decode()), input_tokens=given)
     if wanted.kind == "long":
         text = WORD * wanted.number
     elif prompt.schema is not None:

@@ -182,9 +182,9 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             raise
         self._task = None
-        if not keep:
+        if not keep or self._transport.is_closing():
             self._transport.close()
-        elif not self._transport.is_closing():
+        else:
             self._wait()
             self._next()
 
@@ -198,8 +198,7 @@ class Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         await self._writable.wait()
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        self._transport.write(data)
 
     async def begin_stream(self) -> None:
         headers = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
