@@ -286,7 +286,7 @@ def _part_to_wire(part: Part) -> dict[str, Any] | None:
         case ToolCall():
             given = _input(part.arguments)
             return {"type": "tool_use", "id": part.id, "name": part.name, "input": given}
-        case ToolResult():
+        case _:
             return _result_block(part)
 
 

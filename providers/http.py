@@ -12,6 +12,7 @@ not used, and nothing is sent twice once a byte of it went out. TLS is verified 
 roots, or those of `SSL_CERT_FILE` or `SSL_CERT_DIR`.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import httpcore
@@ -212,8 +214,7 @@ class Answer:
         """Read the little that follows a stream's last event, so that the connection is free."""
         self._clock.total_end = min(self._clock.total_end, time.monotonic() + DRAIN_SECONDS)
         with contextlib.suppress(Timeout, *_FOREIGN):
-            for _ in zip(range(8), self._chunks, strict=False):
-                pass
+            deque(islice(self._chunks, 8), maxlen=0)
 
 
 class _Target(NamedTuple):
@@ -321,6 +322,7 @@ def close_idle() -> None:
                 stack.pop()[0].close()
 
 
+atexit.register(close_idle)
 # A child that used its parent's sockets would mix two conversations.
 os.register_at_fork(after_in_child=close_idle)
 

@@ -5,8 +5,10 @@ A call's `Exchange` holds the socket that the call is blocked on, from before it
 socket in the shape that httpcore's connection wants.
 """
 
+import contextlib
 import ipaddress
 import os
+import select
 import socket
 import ssl
 import threading
@@ -20,7 +22,7 @@ from providers.errors import ConnectionFailed, Dropped, Timeout
 # A vendor may think for minutes without a byte; a NAT in between forgets silent connections
 # sooner than that.
 KEEPALIVE_IDLE: Final = 30  # seconds
-_LOOKUP_PULSE: Final = 0.1  # seconds between two looks at `dropped` while a name is looked up
+_PULSE: Final = 0.1  # seconds between two looks at `dropped` before a socket is connected
 _SLACK: Final = 0.005  # seconds; a poll may wake that much before the clock shows the end
 
 _Address = tuple[Any, ...]
@@ -94,11 +96,10 @@ class Exchange:
 
 
 def _shut(sock: socket.socket) -> None:
-    try:
+    # An error: not connected yet, or gone already; the call sees `dropped` by itself.
+    with contextlib.suppress(OSError):
         # Unbound: SSLSocket.shutdown would take the TLS layer away under the reader's feet.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected yet, or gone already: the call sees `dropped` by itself
 
 
 class Clock:
@@ -113,24 +114,27 @@ class Clock:
     def left(self, step: float) -> float:
         """Seconds for a step of at most `step` seconds. Raises `Dropped`, `Timeout`."""
         self.exchange.check()
-        end = self.total_end
         deadline = self.exchange.deadline
-        if deadline is not None and deadline < end:
-            end = deadline
+        end = self.total_end if deadline is None else min(self.total_end, deadline)
         left = end - time.monotonic()
-        if left <= 0 or step <= 0:
-            raise self.late(f"no answer within {self.total_timeout:g} s", "total_timeout")
-        return left if left < step else step
+        if left <= 0:
+            raise self._late_at_all()
+        # Never 0, which a socket would take for "do not wait at all".
+        return max(min(left, step), 0.001)
 
     def late(self, message: str, code: str) -> Timeout:
         """The `Timeout` of a step that took too long, named after the limit that it reached."""
         now = time.monotonic() + _SLACK
         deadline = self.exchange.deadline
-        if deadline is not None and now >= deadline:
-            return Timeout("the deadline passed before the vendor had answered", code="deadline")
-        if now >= self.total_end:
-            return Timeout(f"no answer within {self.total_timeout:g} s", code="total_timeout")
+        if now >= self.total_end or (deadline is not None and now >= deadline):
+            return self._late_at_all()
         return Timeout(message, code=code)
+
+    def _late_at_all(self) -> Timeout:
+        deadline = self.exchange.deadline
+        if deadline is not None and deadline <= self.total_end:
+            return Timeout("the deadline passed before the vendor had answered", code="deadline")
+        return Timeout(f"no answer within {self.total_timeout:g} s", code="total_timeout")
 
     def late_read(self) -> Timeout:
         return self.late(f"the vendor was silent for {self.read_timeout:g} s", "read_timeout")
@@ -264,14 +268,13 @@ def _open(
     sock = socket.socket(family, kind, proto)
     try:
         exchange.hold(sock)
-        sock.settimeout(clock.left(seconds))
-        sock.connect(target)
+        _connect(sock, target, clock, end)
         exchange.check()
         _tune(sock)
         if context is not None:
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
             exchange.hold(sock)
-            sock.settimeout(max(clock.left(end - time.monotonic()), _SLACK))
+            sock.settimeout(clock.left(end - time.monotonic()))
             sock.do_handshake()
             exchange.check()
     except BaseException:
@@ -281,10 +284,24 @@ def _open(
     return sock
 
 
+def _connect(sock: socket.socket, target: Any, clock: Clock, end: float) -> None:
+    """In steps, since a drop just before the connect leaves nothing that would wake it."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(target)
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    while not poller.poll(1000 * clock.left(min(end - time.monotonic(), _PULSE))):
+        if time.monotonic() >= end:
+            raise TimeoutError
+    if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
+
+
 def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
+    if hasattr(socket, "TCP_KEEPIDLE"):  # pragma: no branch - macOS has it not
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
 
 
@@ -315,7 +332,7 @@ def _resolve(host: str, port: int, clock: Clock, end: float, late: str) -> list[
         if left <= 0:
             raise clock.late(late, "connect_timeout")
         try:
-            running.exception(clock.left(min(left, _LOOKUP_PULSE)))
+            running.exception(clock.left(min(left, _PULSE)))
         except TimeoutError:
             continue
     try:

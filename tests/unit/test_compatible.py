@@ -185,6 +185,7 @@ def test_a_whole_conversation():
         parts(Refusal(text="no"), role="assistant"),
         parts(role="assistant"),
         parts(role="user"),
+        parts(Text(text="misplaced"), call),
     )["messages"]  # fmt: skip
     wired_call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert messages == [
@@ -212,6 +213,7 @@ def test_a_whole_conversation():
         {"role": "assistant", "content": None, "tool_calls": [wired_call]},
         {"role": "assistant", "content": None, "refusal": "no"},
         {"role": "assistant", "content": ""},
+        {"role": "user", "content": [{"type": "text", "text": "misplaced"}]},
     ]
 
 

@@ -398,8 +398,7 @@ def test_a_reset_before_a_byte_went_out_opens_a_new_connection(monkeypatch):
         peer.send(answer(WHOLE))
         if number == 0:
             peer.pause(0.05)
-            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            peer.socket.close()
+            reset(peer)
 
     # As if the reset came just after the look at the socket.
     monkeypatch.setattr(sockets.Stream, "stale", lambda _self: False)
@@ -408,6 +407,54 @@ def test_a_reset_before_a_byte_went_out_opens_a_new_connection(monkeypatch):
         time.sleep(0.15)
         assert call(server).text == "hi"
         assert len(server.requests) == 2
+
+
+def reset(peer):
+    """Close by a reset, as a server does that crashed."""
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.socket.close()
+
+
+def test_a_connection_that_was_reset_meanwhile_is_no_error():
+    def script(peer, _number):
+        peer.read()
+        peer.send(answer(WHOLE))
+        peer.pause(0.02)
+        reset(peer)
+
+    with Scripted(script) as server:
+        for number in range(2):
+            assert call(server).text == "hi"
+            time.sleep(0.1)
+            assert server.connections == number + 1
+
+
+def test_a_reset_in_the_middle_of_an_answer():
+    def script(peer, _number):
+        peer.read()
+        peer.send(OK + b"Content-Length: 99\r\n\r\n{")
+        peer.pause(0.05)
+        reset(peer)
+
+    with Scripted(script) as server:
+        with pytest.raises(errors.BadResponse, match="broke off"):
+            call(server)
+
+
+def test_a_drop_just_before_the_connect_is_noticed(monkeypatch):
+    exchange = Exchange()
+    connect = sockets._connect
+
+    def dropped_first(*args):
+        exchange.drop("cancel")
+        connect(*args)
+
+    monkeypatch.setattr(sockets, "_connect", dropped_first)
+    with full_listener() as url:
+        begun = time.monotonic()
+        with pytest.raises(errors.Dropped):
+            provider(url).complete(chat(), exchange)
+        assert time.monotonic() - begun < 1
 
 
 def test_old_and_surplus_idle_connections_are_closed(monkeypatch, sandbox):
@@ -528,6 +575,18 @@ def test_a_refusal_that_comes_before_the_body_was_read_is_read():
         # Reads on until the client has seen the answer: an early close would reset it away.
         while peer.socket.recv(65536):
             pass
+
+    with Scripted(script) as server:
+        with pytest.raises(errors.InvalidRequest, match="too large"):
+            call(server, chat(text="x" * 5_000_000))
+
+
+def test_a_refusal_that_is_followed_by_a_reset_is_read():
+    def script(peer, _number):
+        peer.socket.recv(10)
+        peer.send(answer(b'{"error": {"message": "too large"}}', b"HTTP/1.1 413 Too Large\r\n"))
+        # Closing with bytes unread sends a reset.
+        peer.socket.close()
 
     with Scripted(script) as server:
         with pytest.raises(errors.InvalidRequest, match="too large"):
