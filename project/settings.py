@@ -28,6 +28,15 @@ CSRF_TRUSTED_ORIGINS = env.csv(
 CORS_ALLOWED_ORIGINS = env.csv(
     "CORS_ALLOWED_ORIGINS", "", "Origins (https://…) whose browsers may call the API"
 )
+CORS_URLS_REGEX = r"^/v1/"
+CORS_ALLOW_HEADERS = (
+    *("accept", "authorization", "cache-control", "content-type", "last-event-id"),
+    *("idempotency-key", "prefer", "x-api-key", "x-request-id"),
+)
+CORS_EXPOSE_HEADERS = (
+    *("idempotent-replayed", "location", "preference-applied", "retry-after", "x-request-id"),
+    *("x-llmtasks-cost", "x-llmtasks-provider", "x-llmtasks-task-id", "x-llmtasks-warning"),
+)
 BEHIND_TLS_PROXY = env.boolean(
     "BEHIND_TLS_PROXY", False, "Trust X-Forwarded-Proto and send cookies over HTTPS only"
 )

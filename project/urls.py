@@ -5,3 +5,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("", include("llmtasks.api.urls")),
 ]
+
+handler400 = "llmtasks.api.errors.bad_request"
+handler404 = "llmtasks.api.errors.not_found"
+handler500 = "llmtasks.api.errors.server_error"

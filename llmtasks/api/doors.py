@@ -8,11 +8,12 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from django.conf import settings
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
 from rest_framework.views import APIView
@@ -25,6 +26,8 @@ from llmtasks.errors import ApiError, BodyTooLarge, InvalidInput
 from llmtasks.models import Task
 from llmtasks.submit import Idempotency, Work
 from llmtasks.telemetry import request_id_var
+
+AnyHttp = TypeVar("AnyHttp", bound=HttpResponseBase)
 
 JSON_TYPES = re.compile(r"(application/([a-z.-]+\+)?json)?\s*(;|\Z)", re.IGNORECASE)
 VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}\Z")
@@ -50,6 +53,8 @@ class ApiView(APIView):
     content_negotiation_class = OneRenderer
     permission_classes = ()
     metadata_class = None
+    # Preflights are answered by the CORS middleware.
+    http_method_names = ("get", "head", "post")  # type: ignore[assignment]
 
 
 def principal_of(request: Request) -> Principal:
@@ -88,11 +93,12 @@ def length_of(http: HttpRequest) -> int:
 def read_chunked(http: HttpRequest, limit: int) -> bytes:
     """A body without a Content-Length, which Django itself takes for empty."""
     source, pieces, size = http.META["wsgi.input"], [], 0
-    while piece := source.read(READ_AT_ONCE):
+    while size <= DRAINED_BODIES * limit and (piece := source.read(READ_AT_ONCE)):
         size += len(piece)
-        if size > limit:
-            raise too_large(limit)
-        pieces.append(piece)
+        if size <= limit:
+            pieces.append(piece)
+    if size > limit:
+        raise too_large(limit)
     return b"".join(pieces)
 
 
@@ -192,6 +198,6 @@ def queue(work: Work) -> Task:
     return result
 
 
-def tell_replayed(response: HttpResponse) -> HttpResponse:
+def tell_replayed(response: AnyHttp) -> AnyHttp:
     response["Idempotent-Replayed"] = "true"
     return response

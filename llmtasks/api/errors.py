@@ -13,6 +13,7 @@ import psycopg
 from django.core.exceptions import RequestDataTooBig
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, UnreadablePostError
+from django.views import defaults
 from rest_framework import exceptions
 
 from llmtasks.api.bodies import InvalidBody
@@ -30,7 +31,10 @@ from llmtasks.telemetry import request_id_var
 
 logger = logging.getLogger(__name__)
 
+API = "/v1/"
 NATIVE = "/v1/tasks"
+NOTHING_HERE = "There is nothing here; /v1/docs lists what there is."
+FAULT = "Internal error; the log has it as {}."
 POSTGRES_AWAY = (
     OperationalError,
     InterfaceError,
@@ -149,7 +153,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UnreadablePostError):
         return InvalidInput("The body ended before its Content-Length.")
     logger.error("a request failed by a fault of ours", exc_info=error)
-    return Fault(f"Internal error; the log has it as {request_id_var.get() or 'unnamed'}.")
+    return Fault(FAULT.format(request_id_var.get() or "unnamed"))
 
 
 def of_framework(error: Exception) -> ApiError:
@@ -160,7 +164,7 @@ def of_framework(error: Exception) -> ApiError:
     if isinstance(error, exceptions.MethodNotAllowed):
         return MethodNotAllowed(str(error.detail))
     if isinstance(error, Http404 | exceptions.NotFound):
-        return NotFound("There is nothing here; /v1/docs lists what there is.")
+        return NotFound(NOTHING_HERE)
     return InvalidInput(str(error))
 
 
@@ -210,3 +214,25 @@ def openai_body(error: ApiError) -> dict[str, Any]:
             "code": error.code,
         }
     }
+
+
+# --- What happens outside of our views (Django's handlers in the root URLconf) ------------------
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if not request.path.startswith(API):
+        return defaults.bad_request(request, exception)
+    error = InvalidInput("This request can't be read: is its Host one that is served here?")
+    return answer(error, request.path)
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if not request.path.startswith(API):
+        return defaults.page_not_found(request, exception)
+    return answer(NotFound(NOTHING_HERE), request.path)
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    if not request.path.startswith(API):
+        return defaults.server_error(request)
+    return answer(Fault(FAULT.format(request_id_var.get() or "unnamed")), request.path)

@@ -19,7 +19,7 @@ class ApiKeyScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-c
     """How the schema describes our authentication."""
 
     target_class = "llmtasks.api.auth.ApiKeyAuthentication"
-    name = "API key"
+    name = "ApiKey"
 
     def get_security_definition(self, auto_schema: Any) -> dict[str, str]:
         return {

@@ -53,7 +53,7 @@ class Tasks(ApiView):
         if earlier := earlier_task(work.tenant_id, idempotency):
             return tell_replayed(of_earlier(earlier, body, wishes))
         try:
-            if body.mode == Mode.INLINE:
+            if body.mode == "inline":
                 return run_inline(work, request)
             return of_queued(queue(work), body, wishes)
         except InvalidInput as error:
@@ -170,7 +170,7 @@ def work_for(principal: auth.Principal, body: AnyNewTask, idempotency: Idempoten
     """What the body asks for. Raises InvalidInput."""
     given = body.input
     streams = bool(getattr(given, "stream", None))
-    if streams and body.mode == Mode.INLINE:
+    if streams and body.mode == "inline":
         raise InvalidInput(f"input.stream: {NOT_STREAMED}", param="input.stream")
     return work_of(
         principal,
@@ -208,7 +208,7 @@ def of_outcome(outcome: Outcome) -> HttpResponse:
 def of_queued(task: Task, body: AnyNewTask, wishes: Preferences) -> HttpResponse:
     """202 at once, or 200 if the task is done within the time that the caller waits."""
     wait = wishes.wait
-    if wait is None and body.mode != Mode.QUEUED and not wishes.respond_async:
+    if wait is None and body.mode != "queued" and not wishes.respond_async:
         wait = settings.LLMTASKS["AUTO_WAIT_S"]
     if wait is not None and body.run_at is None:
         task = watched(task, wait)
@@ -233,7 +233,7 @@ def parsed_item(
 ) -> Work | ApiError:
     try:
         body = bodies.check(TASK, item, place)
-        if body.mode == Mode.INLINE:
+        if body.mode == "inline":
             raise InvalidInput("many tasks are queued: leave mode out", param=f"{place}.mode")
         return work_for(principal, body, idempotency)
     except InvalidInput as error:

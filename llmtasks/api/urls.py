@@ -6,13 +6,13 @@ from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
 from llmtasks.api import health, openai, schema, tasks
-from llmtasks.api.errors import answer
+from llmtasks.api.errors import NOTHING_HERE, answer
 from llmtasks.errors import NotFound
 
 
 @csrf_exempt
 def nowhere(request: HttpRequest) -> HttpResponse:
-    return answer(NotFound("There is nothing here; /v1/docs lists what there is."), request.path)
+    return answer(NotFound(NOTHING_HERE), request.path)
 
 
 urlpatterns = [
@@ -32,5 +32,5 @@ urlpatterns = [
     path("v1/tasks/<uuid:task_id>/events", tasks.Events.as_view()),
     path("v1/schema", schema.Schema.as_view(), name="schema"),
     path("v1/docs", schema.Docs.as_view(), name="docs"),
-    re_path(r"^v1(/|\Z)", nowhere),
+    re_path(r"^v1(?:/|\Z)", nowhere),
 ]
