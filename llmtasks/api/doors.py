@@ -54,7 +54,7 @@ class ApiView(APIView):
     permission_classes = ()
     metadata_class = None
     # Preflights are answered by the CORS middleware.
-    http_method_names = ("get", "head", "post")  # type: ignore[assignment]
+    http_method_names = ("get", "head", "post")
 
 
 def principal_of(request: Request) -> Principal:
