@@ -110,7 +110,7 @@ class Anthropic(Provider):
                 yield event
 
     def _events(self, answer: http.Answer, model: str) -> Iterator[StreamEvent]:
-        stream = MessageStream(model, answer.headers, self.account.api_key.strip())
+        stream = MessageStream(model, answer.error)
         for event in answer.events():
             yield from stream.feed(event.data)
             if stream.ended:
@@ -135,7 +135,7 @@ def model_version(name: str) -> Model:
 
 def request_to_wire(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:
     """Raises `Unsupported` for an image that the API can't take."""
-    body: dict[str, Any] = dict(request.extra)
+    body = {name: value for name, value in request.extra.items() if name != "stream"}
     body["model"] = request.model
     system, messages = messages_to_wire(request.messages)
     if system:

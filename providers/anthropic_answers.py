@@ -6,12 +6,12 @@ tools, which we never ask for, and events of types that we don't know are passed
 https://platform.claude.com/docs/en/api/versioning asks of clients.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from providers import wire
-from providers.errors import BadResponse
-from providers.faults import error_from_event
+from providers.errors import BadResponse, ProviderError
+from providers.faults import is_error
 from providers.types import (
     Done,
     FinishReason,
@@ -41,9 +41,7 @@ _FINISH: Final[Mapping[str, FinishReason]] = {
 
 
 def response_from_wire(answer: Mapping[str, Any], model: str) -> Response:
-    """Raises `BadResponse`; the class of an `error` object that came with status 200."""
-    if answer.get("type") == "error":
-        raise error_from_event(answer, {})
+    """Raises `BadResponse`."""
     parts = [
         part
         for item in wire.array(answer.get("content"), "content")
@@ -85,7 +83,7 @@ def _part_from_wire(block: Mapping[str, Any]) -> Part | None:
     if kind == "thinking":
         return Thinking(
             text=wire.text(block.get("thinking"), "content[].thinking"),
-            signature=wire.optional_text(block.get("signature"), "content[].signature"),
+            signature=wire.optional_text(block.get("signature"), "content[].signature") or None,
         )
     if kind == "redacted_thinking":
         return Thinking(redacted=wire.text(block.get("data"), "content[].data"))
@@ -163,13 +161,15 @@ _DELTAS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 class MessageStream:
-    """Builds a `Response` from a stream's events, telling its deltas on the way."""
+    """Builds a `Response` from a stream's events, telling its deltas on the way.
 
-    def __init__(self, model: str, headers: Mapping[str, str], secret: str = "") -> None:
+    `error` makes an error of an error event (`http.Answer.error`).
+    """
+
+    def __init__(self, model: str, error: Callable[[Any], ProviderError]) -> None:
         self.ended = False
         self._model = model
-        self._headers = headers
-        self._secret = secret
+        self._error = error
         self._message: Mapping[str, Any] = {}
         self._end: dict[str, Any] = {}
         self._usage: dict[str, Any] = {}
@@ -180,8 +180,8 @@ class MessageStream:
         """Raises `BadResponse`; the class of an `error` event."""
         event = wire.parse_object(data, "an event of the stream")
         kind = event.get("type")
-        if kind == "error":
-            raise error_from_event(event, self._headers, secret=self._secret)
+        if is_error(event):
+            raise self._error(event)
         if kind == "message_start":
             self._message = wire.obj(event.get("message"), "message")
             self._add_usage(self._message.get("usage"))

@@ -112,7 +112,7 @@ class Compatible(Provider):
                 yield event
 
     def _events(self, answer: http.Answer, model: str) -> Iterator[StreamEvent]:
-        stream = ChatStream(model, answer.headers, self.account.api_key.strip())
+        stream = ChatStream(model, answer.error)
         for event in answer.events():
             if event.data == "[DONE]":
                 answer.drain()
@@ -157,6 +157,9 @@ class Compatible(Provider):
         return headers
 
 
+# Whether an answer is streamed is the caller's of the adapter; of several choices one is read.
+_NEVER_EXTRA: Final = frozenset({"stream", "stream_options", "n"})
+
 # Our field → theirs, where value and meaning are the same.
 _SAME: Final = (
     "temperature",
@@ -174,7 +177,7 @@ _SAME: Final = (
 
 
 def request_to_wire(request: Request, flavour: Flavour) -> dict[str, Any]:
-    body: dict[str, Any] = dict(request.extra)
+    body = {name: value for name, value in request.extra.items() if name not in _NEVER_EXTRA}
     body["model"] = request.model
     body["messages"] = [wired for message in request.messages for wired in message_to_wire(message)]
     for name in _SAME:

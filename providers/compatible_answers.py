@@ -8,12 +8,12 @@ an id, without an index, or all with index 0 (Ollama); arguments as an object; `
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from providers import wire
-from providers.errors import BadResponse
-from providers.faults import error_from_event
+from providers.errors import BadResponse, ProviderError
+from providers.faults import is_error
 from providers.types import (
     FinishReason,
     JsonObject,
@@ -43,11 +43,9 @@ MAX_TOOL_CALLS: Final = 1024
 
 
 def response_from_wire(answer: Mapping[str, Any], model: str) -> Response:
-    """Raises `BadResponse`; the class of an `error` object that came with status 200."""
-    choices = wire.optional_array(answer.get("choices"), "choices")
+    """Raises `BadResponse`."""
+    choices = wire.array(answer.get("choices"), "choices")
     if not choices:
-        if answer.get("error"):
-            raise error_from_event(answer, {})
         raise BadResponse("the answer has no choices")
     choice = wire.obj(choices[0], "choices[0]")
     message = wire.obj(choice.get("message"), "message")
@@ -175,11 +173,13 @@ class _Call:
 
 
 class ChatStream:
-    """Builds a `Response` from a stream's chunks, telling its deltas on the way."""
+    """Builds a `Response` from a stream's chunks, telling its deltas on the way.
 
-    def __init__(self, model: str, headers: Mapping[str, str], secret: str = "") -> None:
-        self._headers = headers
-        self._secret = secret
+    `error` makes an error of an error object (`http.Answer.error`).
+    """
+
+    def __init__(self, model: str, error: Callable[[Any], ProviderError]) -> None:
+        self._error = error
         self._id = ""
         self._model = model
         self._text: list[str] = []
@@ -194,8 +194,8 @@ class ChatStream:
     def feed(self, data: str) -> Iterator[StreamEvent]:
         """Raises `BadResponse`; the class of an `error` object in the stream."""
         chunk = wire.parse_object(data, "a chunk of the stream")
-        if chunk.get("error") or chunk.get("object") == "error":
-            raise error_from_event(chunk, self._headers, secret=self._secret)
+        if is_error(chunk):
+            raise self._error(chunk)
         self._id = self._id or wire.optional_text(chunk.get("id"), "id") or ""
         self._model = wire.optional_text(chunk.get("model"), "model") or self._model
         tier = wire.optional_text(chunk.get("service_tier"), "service_tier")

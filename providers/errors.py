@@ -82,11 +82,18 @@ class ServerError(TransientError):
 
 
 class Timeout(TransientError):
-    """The vendor did not answer in time (connect, read or total timeout, 408, 504)."""
+    """The vendor did not answer in time (408, 504, or a limit of ours).
+
+    For a limit of ours `code` names it: `connect_timeout`, `read_timeout`, `total_timeout`, or
+    `deadline`, the exchange's own.
+    """
 
 
 class ConnectionFailed(TransientError):
-    """No connection to the vendor, or it broke before the answer began."""
+    """No connection to the vendor, or it broke before the answer began.
+
+    `code` is `dns` for a name without an address, `tls` for a failed handshake.
+    """
 
 
 class BadResponse(TransientError):

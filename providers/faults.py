@@ -120,15 +120,20 @@ def error_from_response(
 def error_from_event(
     payload: Any, headers: Mapping[str, str], *, secret: str = ""
 ) -> ProviderError:
-    """The error that an `error` object in the middle of a stream of status 200 stands for."""
+    """The error that an object stands for that came with status 200 (see `is_error`)."""
     fault = _fields(payload)
     status = _status_of(fault)
     return _class(status, fault)(
-        _redact(fault["message"] or "the stream ended with an error", secret),
+        _redact(fault["message"] or "the answer is an error", secret),
         code=fault["code"] or fault["type"] or None,
         param=_param(status, fault),
         request_id=request_id(headers),
     )
+
+
+def is_error(payload: Mapping[str, Any]) -> bool:
+    """Whether a JSON object that came with status 200 is an error all the same."""
+    return bool(payload.get("error")) or "error" in (payload.get("type"), payload.get("object"))
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -32,11 +32,12 @@ from providers.errors import (
     AuthenticationFailed,
     BadResponse,
     ConnectionFailed,
+    Dropped,
     InvalidRequest,
     ProviderError,
     Timeout,
 )
-from providers.faults import error_from_event, error_from_response, request_id
+from providers.faults import error_from_event, error_from_response, is_error, request_id
 from providers.sockets import Clock, Exchange, StaleError, Stream
 from providers.sse import Parser, ServerSentEvent
 
@@ -48,7 +49,6 @@ __all__ = [
     "Exchange",
     "ServerSentEvent",
     "api_key",
-    "error_from_event",
     "error_from_response",
     "post_json",
     "send",
@@ -146,7 +146,7 @@ def send(
         answer = call.start(_head(target, headers, exchange.headers, len(payload)), payload)
         if not 200 <= answer.status <= 299:
             raise error_from_response(
-                answer.status, answer.headers, answer.read_error(), secret=account.api_key.strip()
+                answer.status, answer.headers, answer.read_error(), secret=call.secret
             )
         yield answer
     except ProviderError as exc:
@@ -163,13 +163,14 @@ def send(
 class Answer:
     """A vendor's answer whose body is still to be read, once."""
 
-    def __init__(self, response: httpcore.Response, clock: Clock) -> None:
+    def __init__(self, response: httpcore.Response, clock: Clock, secret: str) -> None:
         self.status = response.status
         self.headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in response.headers
         }
         self._clock = clock
+        self._secret = secret
         self._chunks = _decoded(self.headers, cast("Iterable[bytes]", response.stream))
 
     @property
@@ -196,8 +197,18 @@ class Answer:
         return b""
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object. Raises `BadResponse`."""
-        return wire.parse_object(self.read(), "the answer")
+        """The body as a JSON object.
+
+        Raises `BadResponse`; what an error stands for that came with status 200.
+        """
+        value = wire.parse_object(self.read(), "the answer")
+        if is_error(value):
+            raise self.error(value)
+        return value
+
+    def error(self, payload: Any) -> ProviderError:
+        """The error that an object within an answer of status 200 stands for."""
+        return error_from_event(payload, self.headers, secret=self._secret)
 
     def events(self) -> Iterator[ServerSentEvent]:
         """The body's events as they come. Raises `BadResponse` for one that is too large."""
@@ -213,7 +224,8 @@ class Answer:
     def drain(self) -> None:
         """Read the little that follows a stream's last event, so that the connection is free."""
         self._clock.total_end = min(self._clock.total_end, time.monotonic() + DRAIN_SECONDS)
-        with contextlib.suppress(Timeout, *_FOREIGN):
+        # Dropped now or not, the answer is there, and it costs the same.
+        with contextlib.suppress(Dropped, Timeout, *_FOREIGN):
             deque(islice(self._chunks, 8), maxlen=0)
 
 
@@ -231,6 +243,7 @@ class _Call:
     def __init__(self, account: "Account", target: _Target, exchange: Exchange) -> None:
         self.clock = Clock(exchange, account.read_timeout, account.total_timeout)
         self.stream: Stream | None = None
+        self.secret = account.api_key.strip()
         self._connect_timeout = account.connect_timeout
         self._target = target
         self._connection: httpcore.HTTP11Connection | None = None
@@ -244,7 +257,7 @@ class _Call:
             with contextlib.suppress(StaleError):
                 self._response = connection.handle_request(request)
         exchange = self.clock.exchange
-        answer = Answer(self._response, self.clock)
+        answer = Answer(self._response, self.clock, self.secret)
         exchange.status = answer.status
         exchange.response_headers = answer.headers
         exchange.request_id = request_id(answer.headers)

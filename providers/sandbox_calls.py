@@ -27,11 +27,6 @@ class Tally:
         self.input_tokens = 0  # of every answer that was made, cut ones too
         self.output_tokens = 0
 
-    def begin(self) -> None:
-        self.calls += 1
-        self.overlaps += self.under_way > 0
-        self.under_way += 1
-
     def bill(self, given: int, made: int) -> None:
         self.input_tokens += given
         self.output_tokens += made
@@ -60,13 +55,13 @@ class Ledger:
 
     @contextlib.contextmanager
     def call(self, task: str) -> Iterator[tuple[Tally, Tally]]:
-        """Overlaps are counted per task, and in total as their sum."""
+        """Overlaps are counted per task, and in total as their sum; a call of no task has none."""
         tally, total = self.of(task), self.total
-        overlaps = tally.overlaps
-        tally.begin()
-        total.calls += 1
-        total.under_way += 1
-        total.overlaps += tally.overlaps - overlaps
+        overlaps = bool(task) and tally.under_way > 0
+        for counted in (tally, total):
+            counted.calls += 1
+            counted.under_way += 1
+            counted.overlaps += overlaps
         try:
             yield tally, total
         except asyncio.CancelledError:

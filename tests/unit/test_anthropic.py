@@ -10,6 +10,7 @@ from providers import errors, registry
 from providers.anthropic import messages_to_wire, model_version, request_to_wire
 from providers.anthropic_answers import MessageStream, response_from_wire, usage_from_wire
 from providers.base import Account
+from providers.faults import error_from_event
 from providers.http import Exchange
 from providers.sse import Parser
 from providers.types import (
@@ -52,8 +53,12 @@ def to_wire(*messages, options=None, **fields):
     return request_to_wire(request(*messages, **fields), options or {})
 
 
+def error(payload):
+    return error_from_event(payload, {})
+
+
 def stream(name):
-    reader, messages = Parser(), MessageStream("asked", {})
+    reader, messages = Parser(), MessageStream("asked", error)
     events = []
     for event in [*reader.feed((FIXTURES / name).read_bytes()), *reader.finish()]:
         events.extend(messages.feed(event.data))
@@ -85,7 +90,12 @@ def test_every_field_of_a_request():
         logit_bias={"1": 1},
         service_tier="default",
         user="u",
-        extra={"speed": "fast", "messages": "never", "output_config": {"effort": "low"}},
+        extra={
+            "speed": "fast",
+            "stream": True,
+            "messages": "never",
+            "output_config": {"effort": "low"},
+        },
     )
     del body["messages"]
     assert body == {
@@ -465,11 +475,6 @@ def test_answers_that_are_not_documented(body):
         response_from_wire(body, "m")
 
 
-def test_an_error_that_came_with_status_200():
-    with pytest.raises(errors.Overloaded):
-        response_from_wire({"type": "error", "error": {"type": "overloaded_error"}}, "m")
-
-
 def test_usage_that_does_not_add_up():
     usage = usage_from_wire(
         {
@@ -540,8 +545,8 @@ def test_streams_that_do_not_end_well():
         stream("stream_error.sse")
     assert caught.value.code == "overloaded_error"
     with pytest.raises(errors.BadResponse, match="without message_stop"):
-        MessageStream("m", {}).finish()
-    messages = MessageStream("m", {})
+        MessageStream("m", error).finish()
+    messages = MessageStream("m", error)
     list(messages.feed('{"type": "message_stop"}'))
     with pytest.raises(errors.BadResponse, match="stop_reason"):
         messages.finish()
@@ -576,14 +581,14 @@ def delta(index=0, **fields):
     ],
 )
 def test_events_that_are_not_documented(events):
-    messages = MessageStream("m", {})
+    messages = MessageStream("m", error)
     with pytest.raises(errors.BadResponse):
         for event in events:
             list(messages.feed(event if isinstance(event, str) else json.dumps(event)))
 
 
 def test_deltas_of_new_types_and_in_the_wrong_block_are_passed_over():
-    messages = MessageStream("m", {})
+    messages = MessageStream("m", error)
     told = []
     for event in (
         start(type="text", text=""),
@@ -651,6 +656,13 @@ def test_a_stream_that_came_whole():
         ThinkingDelta(text="Let me analyze this step by step..."),
         TextDelta(text="Based on my analysis..."),
     ]
+
+
+def test_an_error_that_came_with_status_200():
+    body = b'{"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}'
+    with Scripted(script(answer(body))) as server:
+        with pytest.raises(errors.Overloaded):
+            provider(server).complete(request(), Exchange())
 
 
 def test_a_stream_that_is_cut_short():

@@ -10,6 +10,7 @@ from providers import errors, registry
 from providers.base import Account
 from providers.compatible import Flavour, embeddings_from_wire, request_to_wire
 from providers.compatible_answers import ChatStream, response_from_wire, usage_from_wire
+from providers.faults import error_from_event
 from providers.http import Exchange
 from providers.sse import Parser
 from providers.types import (
@@ -53,8 +54,12 @@ def to_wire(*messages, flavour=None, **fields):
     return request_to_wire(request(*messages, **fields), flavour or Flavour())
 
 
+def error(payload):
+    return error_from_event(payload, {})
+
+
 def stream(name):
-    reader, chats = Parser(), ChatStream("asked", {})
+    reader, chats = Parser(), ChatStream("asked", error)
     events = []
     for event in [*reader.feed((FIXTURES / name).read_bytes()), *reader.finish()]:
         if event.data == "[DONE]":
@@ -89,7 +94,7 @@ def test_every_field_of_a_request():
         thinking_budget=100,
         service_tier="flex",
         user="u",
-        extra={"verbosity": "low", "model": "never"},
+        extra={"verbosity": "low", "model": "never", "stream": True, "n": 9},
     )
     del body["messages"]
     assert body == {
@@ -355,11 +360,6 @@ def test_answers_that_are_not_documented(body):
         response_from_wire(body, "m")
 
 
-def test_an_error_that_came_with_status_200():
-    with pytest.raises(errors.RateLimited, match="slow down"):
-        response_from_wire({"error": {"code": 429, "message": "slow down"}}, "m")
-
-
 def test_usage_where_details_exceed_the_totals():
     usage, _ = usage_from_wire(
         {
@@ -420,7 +420,7 @@ def test_azures_filter_ends_a_stream():
 
 
 def feed(*deltas, finish="stop"):
-    chats = ChatStream("m", {})
+    chats = ChatStream("m", error)
     events = []
     for delta in deltas:
         events += chats.feed(json.dumps({"choices": [{"delta": delta}]}))
@@ -475,20 +475,20 @@ def test_a_refusal_in_a_stream():
 )
 def test_chunks_that_are_not_documented(chunk):
     with pytest.raises(errors.BadResponse):
-        list(ChatStream("m", {}).feed(chunk if isinstance(chunk, str) else json.dumps(chunk)))
+        list(ChatStream("m", error).feed(chunk if isinstance(chunk, str) else json.dumps(chunk)))
 
 
 def test_streams_that_do_not_end_well():
     with pytest.raises(errors.ServerError, match="had an error"):
         stream("stream_error.sse")
     with pytest.raises(errors.BadResponse, match="without a finish reason"):
-        ChatStream("m", {}).finish()
+        ChatStream("m", error).finish()
     with pytest.raises(errors.BadResponse, match="no name"):
         feed(call_delta(id="a"))
     with pytest.raises(errors.BadResponse, match="1024 tool calls"):
         feed(*(call_delta(id=str(number)) for number in range(1025)))
     with pytest.raises(errors.InvalidRequest):
-        list(ChatStream("m", {}).feed('{"object": "error", "code": 400, "message": "no"}'))
+        list(ChatStream("m", error).feed('{"object": "error", "code": 400, "message": "no"}'))
 
 
 # Over HTTP
@@ -578,6 +578,35 @@ def test_openais_account_headers():
         head = server.requests[0].split(b"\r\n")
     assert b"OpenAI-Organization: org-1" in head
     assert b"OpenAI-Project: proj_1" in head
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"code": 429, "message": "slow down, sk-secret"}}',
+        b'{"object": "error", "code": 429, "message": "slow down, sk-secret"}',
+    ],
+)
+def test_an_error_that_came_with_status_200(body):
+    with Scripted(script(answer(body), answer(body), answer(body))) as server:
+        account = Account(name="a", base_url=server.base_url, api_key="sk-secret")
+        provider = registry.build("openai", account)
+        for run in (
+            lambda: provider.complete(request(), Exchange()),
+            lambda: list(provider.stream(request(), Exchange())),
+            lambda: provider.embed(EmbeddingRequest(model="m", inputs=("a",)), Exchange()),
+        ):
+            with pytest.raises(errors.RateLimited, match=r"slow down, \[key\]"):
+                run()
+
+
+def test_a_key_that_a_stream_echoes_is_not_told():
+    data = b'data: {"error": {"code": 401, "message": "bad key sk-secret"}}\n\n'
+    reply = EVENTS + b"Content-Length: %d\r\n\r\n" % len(data) + data
+    with Scripted(script(reply)) as server:
+        account = Account(name="a", base_url=server.base_url, api_key="sk-secret")
+        with pytest.raises(errors.AuthenticationFailed, match=r"bad key \[key\]"):
+            list(registry.build("openai", account).stream(request(), Exchange()))
 
 
 # Embeddings

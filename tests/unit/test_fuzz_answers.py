@@ -143,7 +143,7 @@ def test_streams(name, data):
     value = data.draw(mutations(events))
 
     def read():
-        stream = STREAMS[name]("m", {})
+        stream = STREAMS[name]("m", lambda payload: error_from_event(payload, {}))
         told = []
         for event in value if isinstance(value, list) else [value]:
             text = json.dumps(event).replace("NaN", "0").replace("Infinity", "1")

@@ -354,6 +354,23 @@ def test_a_streams_connection_is_used_again():
         assert server.connections == 1
 
 
+def test_a_drop_after_the_last_event_loses_no_answer():
+    exchange = Exchange()
+
+    def script(peer, _number):
+        peer.read()
+        peer.send(chunked(b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}'
+                          b"\n\ndata: [DONE]\n\n", end=False))  # fmt: skip
+        peer.pause(5)
+
+    with Scripted(script) as server:
+        stream = provider(server.base_url).stream(chat(), exchange)
+        next(stream)
+        exchange.drop("cancel")
+        (done,) = stream
+        assert done.response.text == "a"
+
+
 def test_a_stream_whose_end_hangs_is_done_all_the_same():
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
 
