@@ -150,9 +150,10 @@ def begin(
         "fence": task.fence,
     }
     if task._state.adding:
-        fetch(BEGIN_NEW_WITH_KEY if task.key_row else BEGIN_NEW, values | new_task_values(task))
+        sql = BEGIN_NEW_WITH_KEY if task.key_row else BEGIN_NEW
+        fetch(sql, values | new_task_values(task), prepare=True)
         task._state.adding = False
-    elif not fetch(BEGIN_AGAIN, values):
+    elif not fetch(BEGIN_AGAIN, values, prepare=True):
         raise Lost
     task.attempts += 1
     task.provider = provider
@@ -254,7 +255,7 @@ def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
     values = outcome_values(attempt_id, outcome) | end_values(task, end)
     forget = task.key_row is not None and end.error_class in FORGETTABLE
     with transaction.atomic() if forget else nullcontext():
-        rows = fetch(FINISH, values)
+        rows = fetch(FINISH, values, prepare=True)
         if rows and forget:
             IdempotencyKey.objects.filter(task_id=task.id).delete()
     if not rows:
@@ -450,7 +451,7 @@ RETURNING {", ".join(f't."{name}"' for name in TASK_COLUMNS)}, p.request
 def claim(task_id: UUID, seq: int, owner_id: UUID) -> tuple[Task, Any] | None:
     """`queued → running` for release `seq`: the task and its stored request, or None where the
     hint is stale (a second copy, a task that was cancelled or released anew)."""
-    rows = fetch(CLAIM, {"task": task_id, "seq": seq, "owner": owner_id})
+    rows = fetch(CLAIM, {"task": task_id, "seq": seq, "owner": owner_id}, prepare=True)
     if not rows:
         return None
     *values, request = rows[0]

@@ -48,12 +48,18 @@ def has_input(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def fetch(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-    """Run one prepared statement and return its rows. Raises `django.db.Error`s."""
+def fetch(
+    sql: str, params: Sequence[Any] | dict[str, Any] = (), *, prepare: bool = False
+) -> list[tuple[Any, ...]]:
+    """Run one statement and return its rows. Raises `django.db.Error`s.
+
+    `prepare`: parse and plan it once per connection. For statements that find their rows by
+    primary key, whose plan is right whatever the tables hold.
+    """
     with connection.wrap_database_errors:
         connection.ensure_connection()
         with psycopg.Cursor(connection.connection) as cursor:
-            cursor.execute(sql, params, prepare=True)
+            cursor.execute(sql, params, prepare=prepare)
             return cursor.fetchall() if cursor.description else []
 
 

@@ -119,6 +119,8 @@ def database(url: str) -> dict[str, Any]:
         "OPTIONS": {
             "connect_timeout": 3,
             "tcp_user_timeout": 10_000,
+            # Django turns prepared statements off; so high, only those are that ask for it.
+            "prepare_threshold": 1_000_000_000,
             "keepalives_idle": 10,
             "options": "-c statement_timeout=30s -c lock_timeout=10s"
             " -c idle_in_transaction_session_timeout=60s",
@@ -246,6 +248,7 @@ USE_TZ = True
 TIME_ZONE = "UTC"
 LANGUAGE_CODE = "en"
 USE_I18N = False
+DATETIME_FORMAT = "Y-m-d H:i:s"
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["llmtasks.api.auth.ApiKeyAuthentication"],
