@@ -73,6 +73,8 @@ VALUES (%(id)s, %(role)s, %(lane)s, %(host)s, %(pid)s, %(slots)s, %(queues)s,
         clock_timestamp() + make_interval(secs => %(lease)s))
 """
 
+RESIGN = "UPDATE llmtasks_worker SET lease_until = clock_timestamp() WHERE id = %(id)s"
+
 Drop = Callable[[str], None]
 
 
@@ -120,8 +122,9 @@ class Pulse:
         while not self.stopped.is_set():
             self.wanted.wait(PERIOD_S)
             self.wanted.clear()
-            self.tick()
-        self.disconnect()
+            with self.lock:
+                if not self.stopped.is_set():
+                    self.tick()
 
     def tick(self) -> None:
         """One beat. Never raises: the thread must live as long as the process."""
@@ -264,11 +267,11 @@ def stop() -> None:
         return
     pulse.stopped.set()
     pulse.wanted.set()
-    with suppress(psycopg.Error):
-        pulse.execute(
-            "UPDATE llmtasks_worker SET lease_until = clock_timestamp() WHERE id = %(id)s"
-        )
-    pulse.disconnect()
+    # Not in the middle of a beat.
+    with pulse.lock:
+        with suppress(psycopg.Error):
+            pulse.execute(RESIGN)
+        pulse.disconnect()
 
 
 def owner_id() -> UUID:

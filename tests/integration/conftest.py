@@ -1,0 +1,43 @@
+"""Real stores, and the sandbox over HTTP. What a process remembers is forgotten between tests."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llmtasks import pricing, pulse, queues, routing, stores
+from llmtasks.models import Provider
+from providers.sandbox import Sandbox
+from tests import factories
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def forget(_django_db_marker: None) -> Iterator[None]:
+    """A process as it is after its start: no configuration read, no lease."""
+    os.environ["SANDBOX_KEY"] = "sandbox"
+    routing._snapshot = None
+    pricing._prices = None
+    queues._away_until = 0.0
+    yield
+    pulse.stop()
+
+
+@pytest.fixture
+def redis(forget: None) -> Any:
+    """The test process's own Redis database, empty."""
+    client = stores.redis_client()
+    client.flushdb()
+    return client
+
+
+@pytest.fixture
+def account(transactional_db: None, redis: Any, sandbox: Sandbox) -> Provider:
+    """The sandbox as a provider in OpenAI's format, for tests that run calls."""
+    return factories.provider(sandbox.base_url)
