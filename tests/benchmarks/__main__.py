@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from tests.benchmarks import application, inline, load, machine, queue, tables, upstream
+from tests.benchmarks import application, inline, load, machine, queued, tables, upstream
 from tests.benchmarks.application import Application
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def warm_up(
     """Connections, caches and threads are made; nothing is kept of it."""
     levels = tuple((delay, plan.concurrency[-1]) for delay in DELAYS_MS)
     list(inline.cells(app, vendor, database, levels, 1.0, "warm"))
-    queue.measure(app, database, 2, 20, "warm")
+    queued.measure(app, database, 2, 20, "warm")
 
 
 def measure(
@@ -127,7 +127,7 @@ def measure(
     say(f"round {number + 1}…")
     name = f"round-{number + 1}"
     cells = list(inline.cells(app, vendor, database, plan.levels, plan.seconds, name))
-    return cells, queue.measure(app, database, plan.idle_posts, plan.queued_tasks, name)
+    return cells, queued.measure(app, database, plan.idle_posts, plan.queued_tasks, name)
 
 
 def keep_logs(folder: Path) -> None:
@@ -146,7 +146,7 @@ def show(result: dict[str, Any]) -> None:
         f"load by {result['load']}, {result['rounds']} rounds\n"
     )
     say(tables.table("inline", result["inline"], inline.COLUMNS))
-    say(tables.table("queued, one worker", [result["queue"]], queue.COLUMNS))
+    say(tables.table("queued, one worker", [result["queue"]], queued.COLUMNS))
 
 
 if __name__ == "__main__":
