@@ -8,3 +8,4 @@ __all__ = ["accounts", "attempts", "config", "money", "tasks", "tenancy", "worke
 
 # Unfold's own `admin/index.html` would be found before one of ours.
 admin.site.index_template = "admin/llmtasks/start.html"
+admin.site.index_title = "Overview"

@@ -14,10 +14,10 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from llmtasks.admin import bodies, cells
+from llmtasks.admin.facts import FactsAdmin
 from llmtasks.admin.lists import (
     BoundedAdmin,
     CreatedFilter,
-    ReadOnly,
     Rows,
     TenantFilter,
     choice_filter,
@@ -40,9 +40,9 @@ COLUMNS = ("id", "task_id", "tenant", "started_at", "finished_at", *TEXTS, *NUMB
 
 
 @admin.register(Attempt)
-class AttemptAdmin(ReadOnly, BoundedAdmin):
+class AttemptAdmin(FactsAdmin, BoundedAdmin):
     list_display = (
-        "short_id", "started_at", "task_link", "tenant_name", "shown_provider", "state_label",
+        "short_id", "started", "task_link", "tenant_name", "shown_provider", "state_label",
         "result", "tokens", "shown_cost", "latency",
     )  # fmt: skip
     list_display_links = None
@@ -57,43 +57,25 @@ class AttemptAdmin(ReadOnly, BoundedAdmin):
     list_deferred = ("raw_usage", "error_message")
     search_help_text = "An attempt's whole id"
     list_before_template = "admin/llmtasks/attempts_head.html"
-    fieldsets = (
+    facts = (
+        ("", ("state_label", "result", "shown_cost", "cost_state")),
         (
-            None,
-            {
-                "fields": (
-                    ("state_label", "result", "shown_cost", "latency"),
-                    ("task_link", "tenant_name", "shown_provider", "vendor_request_id"),
-                )
-            },
+            "Call",
+            (
+                "task_link", "tenant_name", "provider", "model",
+                "started_at", "finished_at", "latency", "first_token",
+                "step", "number", "vendor_request_id", "price_link", "shown_error",
+            ),
         ),
         (
             "Usage",
-            {
-                "fields": (
-                    ("input_tokens", "cached_input_tokens"),
-                    ("cache_write_5m_tokens", "cache_write_1h_tokens"),
-                    ("output_tokens", "reasoning_tokens"),
-                    "shown_usage",
-                )
-            },
+            (
+                "input_tokens", "cached_input_tokens", "cache_write_5m_tokens",
+                "cache_write_1h_tokens", "output_tokens", "reasoning_tokens", "shown_usage",
+            ),
         ),
-        (
-            "Details",
-            {
-                "fields": (
-                    ("started_at", "finished_at"),
-                    ("step", "number"),
-                    ("price_link", "cost_state"),
-                    "shown_error",
-                )
-            },
-        ),
-    )
-    readonly_fields = (
-        "state_label", "result", "shown_cost", "latency", "task_link", "tenant_name",
-        "shown_provider", "shown_usage", "price_link", "shown_error",
     )  # fmt: skip
+    wide_facts = frozenset({"shown_error", "shown_usage"})
 
     def get_urls(self) -> list[URLPattern]:
         view = self.admin_site.admin_view(self.export)
@@ -118,6 +100,10 @@ class AttemptAdmin(ReadOnly, BoundedAdmin):
     @admin.display(description="id")
     def short_id(self, row: Attempt) -> SafeString | str:
         return cells.link("attempt", row.pk, cells.short(row.pk))
+
+    @admin.display(description="started")
+    def started(self, row: Attempt) -> SafeString | str:
+        return cells.moment(row.started_at)
 
     @admin.display(description="task")
     def task_link(self, row: Attempt) -> SafeString | str:
@@ -149,7 +135,11 @@ class AttemptAdmin(ReadOnly, BoundedAdmin):
 
     @admin.display(description="latency")
     def latency(self, row: Attempt) -> str:
-        return cells.latency(row)
+        return cells.milliseconds(row.latency_ms)
+
+    @admin.display(description="first token")
+    def first_token(self, row: Attempt) -> str:
+        return cells.milliseconds(row.first_token_ms)
 
     @admin.display(description="usage as the vendor told it")
     def shown_usage(self, row: Attempt) -> SafeString | str:

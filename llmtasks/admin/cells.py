@@ -41,7 +41,13 @@ LABELS = {
 def short(id_: UUID | None) -> str:
     """Enough of an id to tell it by: the end is random, the start is its time."""
     text = str(id_ or "")
-    return f"{text[:8]}…{text[-6:]}" if text else NOTHING
+    return f"{text[:4]}…{text[-6:]}" if text else NOTHING
+
+
+def moment(time: datetime | None) -> SafeString | str:
+    if time is None:
+        return NOTHING
+    return format_html('<time class="lt-number">{}</time>', f"{time:%Y-%m-%d %H:%M:%S}")
 
 
 def money(amount: Decimal | None, state: str) -> SafeString | str:
@@ -79,13 +85,6 @@ def result(row: Attempt) -> str:
     """The status and the error of a call."""
     parts = (str(row.http_status or ""), row.error_class)
     return " ".join(part for part in parts if part) or NOTHING
-
-
-def latency(row: Attempt) -> str:
-    shown = milliseconds(row.latency_ms)
-    if row.first_token_ms is None:
-        return shown
-    return f"{shown}, first token {milliseconds(row.first_token_ms)}"
 
 
 def label(state: str) -> SafeString:

@@ -171,6 +171,11 @@ class BoundedList(ChangeList):
     def get_ordering(self, request: HttpRequest, queryset: Rows) -> list[str]:
         return ["-pk"]
 
+    def get_results(self, request: HttpRequest) -> None:
+        """The count stands at the pages' numbers, where it says that it may be more."""
+        super().get_results(request)
+        self.full_result_count = self.result_count
+
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> Rows:
         self.whole = super().get_queryset(request, exclude_parameters)
         specs = [spec for spec in self.filter_specs if isinstance(spec, ChoiceFilter)]

@@ -14,7 +14,7 @@ from django.http import HttpRequest
 from django.urls import NoReverseMatch, reverse
 
 from llmtasks.admin.lists import first_id
-from llmtasks.models import Lane, Provider, Worker
+from llmtasks.models import Lane, Provider
 from llmtasks.stores import fetch
 
 COUNTED = 10_000
@@ -114,9 +114,8 @@ def backlog() -> list[Row]:
 
 
 def workers() -> list[dict[str, Any]]:
-    names = dict(Worker.Role.choices)
     return [
-        {"name": f"{names.get(role, role)} {lane}".strip(), "number": number, "slots": slots}
+        {"name": f"{role} {lane}".strip(), "number": number, "slots": slots}
         for role, lane, number, slots in fetch(ALIVE)
     ]
 

@@ -8,10 +8,9 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.admin import TabularInline
 
-from llmtasks.admin import bodies, cells, steering
+from llmtasks.admin import bodies, cells, facts, steering
 from llmtasks.admin.lists import (
     CreatedFilter,
-    ReadOnly,
     Rows,
     TenantFilter,
     choice_filter,
@@ -20,6 +19,19 @@ from llmtasks.admin.lists import (
 from llmtasks.models import Attempt, Kind, Lane, Mode, Status, Task
 
 VIEW_BODIES = "llmtasks.view_bodies"
+
+FIRST = (
+    "status_label", "kind", "mode", "lane",
+    "tenant_name", "user", "route", "provider",
+    "tokens", "shown_cost", "attempts", "duration",
+)  # fmt: skip
+DETAILS = (
+    "created_at", "run_at", "not_before", "deadline",
+    "queued_at", "started_at", "finished_at", "cancel_requested_at",
+    "request_id", "api_key", "on_unknown", "relations",
+    "owner", "seq", "fence", "retry_after",
+    "shown_metadata",
+)  # fmt: skip
 
 
 class AttemptInline(TabularInline):
@@ -31,7 +43,7 @@ class AttemptInline(TabularInline):
     ordering = ("step", "number")
     verbose_name_plural = "attempts"
     fields = readonly_fields = (
-        "call", "state_label", "result", "tokens", "shown_cost", "latency", "vendor_id",
+        "call", "state_label", "result", "tokens", "shown_cost", "latency", "first_token",
     )  # fmt: skip
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -67,17 +79,17 @@ class AttemptInline(TabularInline):
 
     @admin.display(description="latency")
     def latency(self, row: Attempt) -> str:
-        return cells.latency(row)
+        return cells.milliseconds(row.latency_ms)
 
-    @admin.display(description="vendor's id")
-    def vendor_id(self, row: Attempt) -> str:
-        return row.vendor_request_id or cells.NOTHING
+    @admin.display(description="first token")
+    def first_token(self, row: Attempt) -> str:
+        return cells.milliseconds(row.first_token_ms)
 
 
 @admin.register(Task)
-class TaskAdmin(ReadOnly, steering.SteeringAdmin):
+class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
     list_display = (
-        "short_id", "created_at", "kind", "lane", "status_label", "route", "provider",
+        "short_id", "created", "status_label", "kind", "lane", "route", "provider",
         "tenant_name", "tokens", "shown_cost", "duration",
     )  # fmt: skip
     list_display_links = None
@@ -94,13 +106,17 @@ class TaskAdmin(ReadOnly, steering.SteeringAdmin):
     list_deferred = ("metadata", "error_message")
     search_help_text = "A task's whole id"
     inlines = (AttemptInline,)
-    change_form_outer_before_template = "admin/llmtasks/task_head.html"
+    wide_facts = frozenset({"shown_error", "conversation", "shown_metadata"})
 
     # --- the list -------------------------------------------------------------------------------
 
     @admin.display(description="id")
     def short_id(self, task: Task) -> SafeString | str:
         return cells.link("task", task.pk, cells.short(task.pk))
+
+    @admin.display(description="created")
+    def created(self, task: Task) -> SafeString | str:
+        return cells.moment(task.created_at)
 
     @admin.display(description="status")
     def status_label(self, task: Task) -> SafeString:
@@ -126,39 +142,13 @@ class TaskAdmin(ReadOnly, steering.SteeringAdmin):
 
     # --- the page of one task -------------------------------------------------------------------
 
-    def get_fieldsets(self, request: HttpRequest, obj: Task | None = None) -> list[Any]:
-        groups: list[tuple[str | None, tuple[Any, ...]]] = [
-            (
-                None,
-                (
-                    ("status_label", "kind", "mode", "lane"),
-                    ("tenant_name", "user", "route", "provider"),
-                    ("tokens", "shown_cost", "attempts", "duration"),
-                ),
-            )
-        ]
-        if obj is not None and obj.error_class:
-            groups.append(
-                ("Error", (("error_class", "error_status", "error_param"), "shown_error"))
-            )
+    def get_facts(self, request: HttpRequest, obj: Task) -> list[facts.Group]:
+        groups: list[facts.Group] = [("", FIRST)]
+        if obj.error_class:
+            groups.append(("Error", ("error_class", "error_status", "error_param", "shown_error")))
         if request.user.has_perm(VIEW_BODIES):
             groups.append(("Prompt and answer", ("conversation",)))
-        groups.append(
-            (
-                "Details",
-                (
-                    ("created_at", "run_at", "not_before", "deadline"),
-                    ("queued_at", "started_at", "finished_at", "cancel_requested_at"),
-                    ("request_id", "api_key", "on_unknown", "relations"),
-                    ("owner", "seq", "fence", "retry_after"),
-                    "shown_metadata",
-                ),
-            )
-        )
-        return [(name, {"fields": fields}) for name, fields in groups]
-
-    def get_readonly_fields(self, request: HttpRequest, obj: Task | None = None) -> tuple[str, ...]:
-        return tuple(flat(self.get_fieldsets(request, obj)))
+        return [*groups, ("Details", DETAILS)]
 
     @admin.display(description="error")
     def shown_error(self, task: Task) -> SafeString:
@@ -199,11 +189,3 @@ class TaskAdmin(ReadOnly, steering.SteeringAdmin):
             context["verbs"] = [v for v in steering.VERBS.values() if task.status in v.of_one]
         response: HttpResponse = super().render_change_form(request, context, *args, **kwargs)
         return response
-
-
-def flat(fieldsets: list[Any]) -> list[str]:
-    names: list[str] = []
-    for _, options in fieldsets:
-        for line in options["fields"]:
-            names.extend([line] if isinstance(line, str) else line)
-    return names

@@ -7,12 +7,13 @@ from django.utils import timezone
 from django.utils.safestring import SafeString
 
 from llmtasks.admin import cells
-from llmtasks.admin.lists import BoundedAdmin, ReadOnly, choice_filter
+from llmtasks.admin.facts import FactsAdmin
+from llmtasks.admin.lists import BoundedAdmin, choice_filter
 from llmtasks.models import Lane, Task, Worker
 
 
 @admin.register(Worker)
-class WorkerAdmin(ReadOnly, BoundedAdmin):
+class WorkerAdmin(FactsAdmin, BoundedAdmin):
     list_display = (
         "shown_name", "alive", "role", "lane", "slots", "shown_queues", "started_at", "lease",
     )  # fmt: skip
@@ -21,11 +22,16 @@ class WorkerAdmin(ReadOnly, BoundedAdmin):
         choice_filter("lane", Lane.choices),
     )
     search_help_text = "A worker's whole id"
-    fields = (
-        ("alive", "role", "lane"), ("host", "pid", "slots"), ("started_at", "lease"),
-        "running", "shown_queues",
+    facts = (
+        (
+            "",
+            (
+                "alive", "role", "lane", "lease", "host", "pid", "started_at", "slots", "running",
+                "shown_queues",
+            ),
+        ),
     )  # fmt: skip
-    readonly_fields = ("alive", "lease", "running", "shown_queues")
+    wide_facts = frozenset({"shown_queues"})
 
     @admin.display(description="process")
     def shown_name(self, worker: Worker) -> SafeString | str:

@@ -379,7 +379,7 @@ def test_attempts_are_inside(login, tenant):
     make_attempt(task, cost=Decimal("0.25"), cost_state=CostState.FINAL, first_token_ms=90)
     content = text(login("view_task", "view_attempt").get(page("task", task.pk)))
     assert "1 · vendor/m-1" in content and "503 Overloaded" in content and "1.2 s" in content
-    assert "2 · vendor/m-1" in content and "$0.25" in content and "first token 90 ms" in content
+    assert "2 · vendor/m-1" in content and "$0.25" in content and "90 ms" in content
 
 
 def test_tasks_can_not_be_edited(login, tenant):
@@ -860,7 +860,7 @@ def test_the_list_of_routes_asks_a_fixed_number_of_questions(
     client.get(changelist("route"))
     with django_assert_max_num_queries(8):
         client.get(changelist("route"))
-    with django_assert_max_num_queries(11):
+    with django_assert_max_num_queries(13):
         client.get(page("route", route.pk))
 
 
@@ -893,7 +893,7 @@ def test_the_start_page_shows_what_waits_and_runs(login, everything, tenant, mon
     assert rows["forgotten"].cells["bulk"].queued == 1
     assert "Overloaded" in content and "DeadlineExceeded" in content
     assert "TooOldToTell" not in content
-    assert "Celery worker bulk" in content and "Pause" in content
+    assert "worker bulk" in content and "Pause" in content
 
 
 def test_the_start_page_links_to_flower_where_there_is_one(login, settings):
