@@ -12,7 +12,7 @@ from project.stack.errors import StackError
 
 FINAL = {"succeeded", "failed", "cancelled", "expired"}
 MODEL = "echo"
-WAIT_S = 60.0
+WAIT_S = 90.0
 
 
 @dataclass(frozen=True)

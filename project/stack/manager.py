@@ -130,7 +130,7 @@ class Manager:
     environment: dict[str, str]
     python: str
     child: Child | None = None
-    everything: bool = False
+    stage: int = -1
 
     def start(self) -> None:
         """Start the process manager, without any program yet."""
@@ -147,15 +147,11 @@ class Manager:
         )
         self.child.start()
 
-    def start_early(self) -> None:
-        """Start the programs that need no tables."""
-        names = [f"{GROUP}:{program.name}" for program in self.programs if program.early]
-        self.insist(lambda supervisor: [supervisor.startProcess(name, False) for name in names])
-
-    def start_everything(self) -> None:
-        """Start all that doesn't run yet."""
-        self.everything = True
-        self.insist(lambda supervisor: supervisor.startProcessGroup(GROUP, False))
+    def start_stage(self, stage: int) -> None:
+        """Start the programs of this stage and of those before it that don't run."""
+        self.stage = stage
+        names = [f"{GROUP}:{program.name}" for program in self.programs if program.stage <= stage]
+        self.insist(lambda supervisor: [start_one(supervisor, name) for name in names])
 
     def insist(self, question: Callable[[Any], Any]) -> None:
         """Ask until there is an answer: supervisord may still be starting itself."""
@@ -186,15 +182,20 @@ class Manager:
             say(f"the process manager died and is started again (see {self.child.log})")
             processes.end(self.layout.data, PROGRAM, STOP_S)
             self.child.start()
-            if self.everything:
-                self.start_everything()
-            return
-        if self.everything and "FATAL" in self.states().values():
-            self.ask(lambda supervisor: supervisor.startProcessGroup(GROUP, False))
+            self.start_stage(self.stage)
+        elif "FATAL" in self.states().values():
+            self.start_stage(self.stage)
 
     def stop(self) -> None:
         if self.child:
             self.child.stop()
+
+
+def start_one(supervisor: Any, name: str) -> bool:
+    """Whether it was started; not where it runs already."""
+    with contextlib.suppress(xmlrpc.client.Fault):
+        return bool(supervisor.startProcess(name, False))
+    return False
 
 
 def interpreter() -> str:

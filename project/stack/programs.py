@@ -12,8 +12,8 @@ STOP_S = 10
 class Program:
     name: str
     command: tuple[str, ...]
-    # Whether it can start before the database has its tables.
-    early: bool = False
+    # When it starts: 0 while the database is prepared, 1 once it is, 2 when the web answers.
+    stage: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def programs(python: str, places: Places) -> list[Program]:
         Program(
             "beat",
             (*celery, "beat", f"--schedule={places.beat_schedule}", "--pidfile="),
-            early=True,
+            stage=2,
         ),
         Program(
             "flower",
             (*celery, "flower", f"--address={places.inner_bind}", f"--port={places.flower_port}"),
-            early=True,
+            stage=2,
         ),
         Program(
             "sandbox",
@@ -55,7 +55,7 @@ def programs(python: str, places: Places) -> list[Program]:
                 *(*manage, "sandbox", "--host", places.inner_bind),
                 *("--port", str(places.sandbox_port)),
             ),
-            early=True,
+            stage=0,
         ),
     ]
 

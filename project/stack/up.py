@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from project.stack import credentials, demo, environment, ports, processes
+from project.stack import credentials, demo, environment, ports, prepare, processes
 from project.stack.console import say
 from project.stack.demo import Demo
 from project.stack.errors import StackError, Stopped
@@ -16,7 +16,7 @@ from project.stack.owner import Servers, check_external
 from project.stack.processes import PROGRAM, Child, marked, tail
 from project.stack.programs import programs
 
-READY_S = 60.0
+READY_S = 120.0
 # How long Flower is waited for, and how often it is to ask the workers for their queues.
 FLOWER_S = 30.0
 
@@ -110,12 +110,16 @@ class Stack:
             self.layout, programs(interpreter(), self.places), settings, interpreter()
         )
         self.manager.start()
-        preparation = self.preparation(settings)
-        preparation.start()
-        self.manager.start_early()
-        self.wait_for(preparation)
-        self.manager.start_everything()
+        seeds = settings | environment.for_seed(self.credentials)
+        if not prepare.is_done(self.layout, seeds):
+            preparation = self.preparation(seeds)
+            preparation.start()
+            self.manager.start_stage(0)
+            self.wait_for(preparation)
+            prepare.remember(self.layout, seeds)
+        self.manager.start_stage(1)
         self.wait_for_web()
+        self.manager.start_stage(2)
 
     def check_ports(self) -> None:
         ports.require_free({"PORT": self.places.port}, self.places.bind)
@@ -127,14 +131,11 @@ class Stack:
         """Tables, seed, static files, in a process of their own."""
         log = self.layout.logs / "prepare.log"
         log.write_bytes(b"")
-        stamp = self.layout.data / "staticfiles.stamp"
         return Child(
             name="the preparation",
-            command=[interpreter(), "-m", "project.stack.prepare", str(stamp)],
+            command=[interpreter(), "-m", "project.stack.prepare"],
             log=log,
-            environment=marked(
-                self.layout.data, PROGRAM, settings | environment.for_seed(self.credentials)
-            ),
+            environment=marked(self.layout.data, PROGRAM, settings),
         )
 
     def wait_for(self, preparation: Child) -> None:
@@ -144,18 +145,27 @@ class Stack:
             raise StackError(f"the database can't be prepared: {tail(log, 1)} (see {log})")
 
     def wait_for_web(self) -> None:
+        """Ready by its own word; and the sandbox, without which the first requests would fail."""
+        self.wait_for_answer("web", f"{self.base_url}/readyz")
+        self.wait_for_answer("sandbox", f"{self.sandbox_url}/_calls")
+
+    def wait_for_answer(self, program: str, url: str) -> None:
         deadline = time.monotonic() + READY_S
         answer: object = "no answer"
         while time.monotonic() < deadline:
             try:
-                status, answer = demo.get(f"{self.base_url}/readyz", timeout_s=2.0)
+                status, answer = demo.get(url, timeout_s=2.0)
                 if status == 200:
                     return
             except OSError as error:
                 answer = error
             time.sleep(0.1)
-        log = self.layout.logs / "web.log"
-        raise StackError(f"the web server is not ready: {str(answer)[:200]} (see {log})")
+        log = self.layout.logs / f"{program}.log"
+        raise StackError(f"{program} is not ready: {str(answer)[:200]} (see {log})")
+
+    @property
+    def sandbox_url(self) -> str:
+        return f"http://127.0.0.1:{self.places.sandbox_port}"
 
     @property
     def base_url(self) -> str:
@@ -174,7 +184,7 @@ class Stack:
             flower_password=self.credentials["flower_password"],
             database_url=self.servers.database_url,
             redis_url=self.servers.redis_url,
-            sandbox_url=f"http://127.0.0.1:{self.places.sandbox_port}",
+            sandbox_url=self.sandbox_url,
         )
 
     def show(self, found: Demo) -> None:
