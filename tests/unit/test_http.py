@@ -335,6 +335,17 @@ def test_times_and_ids_are_on_the_exchange(sandbox):
     assert exchange.request_id == exchange.response_headers["x-request-id"]
 
 
+def test_whether_anything_went_out_is_known(sandbox):
+    exchange = Exchange()
+    with pytest.raises(errors.ServerError):
+        provider(f"{sandbox.base_url}/v1", api_key="k").complete(chat("error-500"), exchange)
+    assert exchange.is_sent
+    exchange = Exchange()
+    with full_listener() as url, pytest.raises(errors.Timeout):
+        provider(url, connect_timeout=0.1).complete(chat(), exchange)
+    assert not exchange.is_sent
+
+
 # Connections
 
 
