@@ -102,8 +102,8 @@ class AttemptAdmin(FactsAdmin, BoundedAdmin):
         return cells.link("attempt", row.pk, cells.short(row.pk))
 
     @admin.display(description="started")
-    def started(self, row: Attempt) -> SafeString | str:
-        return cells.moment(row.started_at)
+    def started(self, row: Attempt) -> SafeString:
+        return cells.brief(row.started_at)
 
     @admin.display(description="task")
     def task_link(self, row: Attempt) -> SafeString | str:
@@ -125,7 +125,7 @@ class AttemptAdmin(FactsAdmin, BoundedAdmin):
     def result(self, row: Attempt) -> str:
         return cells.result(row)
 
-    @admin.display(description="tokens in / out")
+    @admin.display(description="tokens")
     def tokens(self, row: Attempt) -> SafeString | str:
         return cells.attempt_tokens(row)
 

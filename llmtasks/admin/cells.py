@@ -39,9 +39,8 @@ LABELS = {
 
 
 def short(id_: UUID | None) -> str:
-    """Enough of an id to tell it by: the end is random, the start is its time."""
-    text = str(id_ or "")
-    return f"{text[:4]}…{text[-6:]}" if text else NOTHING
+    """Enough of an id to tell it by: its end is random, its start is a time."""
+    return f"…{str(id_)[-8:]}" if id_ else NOTHING
 
 
 def moment(time: datetime | None) -> SafeString | str:
@@ -58,7 +57,9 @@ def money(amount: Decimal | None, state: str) -> SafeString | str:
     if amount is None:
         return NOTHING
     if state == CostState.ESTIMATED:
-        return format_html('<span class="lt-estimated">≈ {} estimated</span>', dollars(amount))
+        return format_html(
+            '<span class="lt-estimated">≈ {} <small>estimated</small></span>', dollars(amount)
+        )
     return format_html('<span class="lt-number">{}</span>', dollars(amount))
 
 
@@ -91,6 +92,15 @@ def label(state: str) -> SafeString:
     """A coloured label, as Unfold's lists have them."""
     context = {"type": LABELS.get(state, ""), "text": state}
     return SafeString(render_to_string("unfold/helpers/label.html", context))
+
+
+def brief(time: datetime) -> SafeString:
+    """For lists: the year is in the tip, with the rest."""
+    return format_html(
+        '<time class="lt-number" title="{}">{}</time>',
+        f"{time:%Y-%m-%d %H:%M:%S.%f} UTC",
+        f"{time:%m-%d %H:%M:%S}",
+    )
 
 
 def span(start: datetime | None, end: datetime | None) -> str:

@@ -108,7 +108,7 @@ class AdjustmentAdmin(BoundedAdmin):
     """Added, never edited: a mistake is put right by another row."""
 
     form = AdjustmentForm
-    list_display = ("short_id", "created_at", "tenant", "shown_amount", "reason", "created_by")
+    list_display = ("short_id", "created", "tenant", "shown_amount", "reason", "created_by")
     list_display_links = None
     list_filter = (TenantFilter,)
     list_select_related = ("tenant",)
@@ -135,6 +135,10 @@ class AdjustmentAdmin(BoundedAdmin):
     @admin.display(description="id")
     def short_id(self, row: Adjustment) -> SafeString | str:
         return cells.link("adjustment", row.pk, cells.short(row.pk))
+
+    @admin.display(description="created")
+    def created(self, row: Adjustment) -> SafeString:
+        return cells.brief(row.created_at)
 
     @admin.display(description="amount")
     def shown_amount(self, row: Adjustment) -> str:

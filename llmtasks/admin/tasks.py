@@ -115,8 +115,8 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
         return cells.link("task", task.pk, cells.short(task.pk))
 
     @admin.display(description="created")
-    def created(self, task: Task) -> SafeString | str:
-        return cells.moment(task.created_at)
+    def created(self, task: Task) -> SafeString:
+        return cells.brief(task.created_at)
 
     @admin.display(description="status")
     def status_label(self, task: Task) -> SafeString:
@@ -126,7 +126,7 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
     def tenant_name(self, task: Task) -> SafeString | str:
         return cells.link("tenant", task.tenant_id, task.tenant.name)
 
-    @admin.display(description="tokens in / out")
+    @admin.display(description="tokens")
     def tokens(self, task: Task) -> SafeString | str:
         given = task.input_tokens + task.cached_input_tokens + task.cache_write_tokens
         made = task.output_tokens + task.reasoning_tokens

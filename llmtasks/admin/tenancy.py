@@ -20,7 +20,7 @@ from llmtasks.models import ApiKey, Scope, Tenant
 class TenantAdmin(ModelAdmin):
     """Switched off, not deleted: tasks and bills refer to it."""
 
-    list_display = ("name", "is_active", "created_at", "rows")
+    list_display = ("name", "is_active", "created", "rows")
     search_fields = ("name",)
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
@@ -32,6 +32,10 @@ class TenantAdmin(ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
+
+    @admin.display(description="created")
+    def created(self, tenant: Tenant) -> SafeString | str:
+        return cells.moment(tenant.created_at)
 
     @admin.display(description="its")
     def rows(self, tenant: Tenant) -> SafeString:
@@ -57,8 +61,7 @@ class ApiKeyAdmin(ModelAdmin):
 
     form = KeyForm
     list_display = (
-        "name", "tenant", "public_part", "may", "state_label", "created_at", "expires_at",
-        "last_used_at",
+        "name", "tenant", "public_part", "may", "state_label", "created", "expires", "last_used",
     )  # fmt: skip
     list_filter = (TenantFilter,)
     list_select_related = ("tenant",)
@@ -121,6 +124,18 @@ class ApiKeyAdmin(ModelAdmin):
     @admin.display(description="may")
     def may(self, key: ApiKey) -> str:
         return ", ".join(key.scopes) or cells.NOTHING
+
+    @admin.display(description="created")
+    def created(self, key: ApiKey) -> SafeString | str:
+        return cells.moment(key.created_at)
+
+    @admin.display(description="expires")
+    def expires(self, key: ApiKey) -> SafeString | str:
+        return cells.moment(key.expires_at)
+
+    @admin.display(description="last used")
+    def last_used(self, key: ApiKey) -> SafeString | str:
+        return cells.moment(key.last_used_at)
 
     @admin.display(description="state")
     def state_label(self, key: ApiKey) -> SafeString:

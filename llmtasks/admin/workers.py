@@ -15,7 +15,7 @@ from llmtasks.models import Lane, Task, Worker
 @admin.register(Worker)
 class WorkerAdmin(FactsAdmin, BoundedAdmin):
     list_display = (
-        "shown_name", "alive", "role", "lane", "slots", "shown_queues", "started_at", "lease",
+        "shown_name", "alive", "role", "lane", "slots", "shown_queues", "started", "lease",
     )  # fmt: skip
     list_filter = (
         choice_filter("role", Worker.Role.choices),
@@ -40,6 +40,10 @@ class WorkerAdmin(FactsAdmin, BoundedAdmin):
     @admin.display(description="state")
     def alive(self, worker: Worker) -> SafeString:
         return cells.label("alive" if worker.lease_until > timezone.now() else "gone")
+
+    @admin.display(description="started")
+    def started(self, worker: Worker) -> SafeString:
+        return cells.brief(worker.started_at)
 
     @admin.display(description="lease")
     def lease(self, worker: Worker) -> str:

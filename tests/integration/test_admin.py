@@ -180,7 +180,7 @@ def test_what_is_unpriced_or_estimated_is_said(login, tenant):
     make_task(tenant, cost=Decimal(2), cost_state=CostState.UNPRICED)
     content = text(login("view_task").get(changelist("task")))
     assert "$0.000123<" in content
-    assert "≈ $1.50 estimated" in content
+    assert "≈ $1.50 <small>estimated" in content
     assert ">unpriced<" in content and ">$2.00 + unpriced<" in content
     assert "$0.00<" not in content
 
