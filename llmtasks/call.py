@@ -57,8 +57,9 @@ log = logging.getLogger(__name__)
 AnyRequest = Request | EmbeddingRequest
 AnyResponse = Response | EmbeddingResponse
 
-# How often a worker tries to write a settlement while Postgres is away.
+# How often, and for how long, a settlement is tried while Postgres is away.
 SETTLE_AGAIN_S = 0.5
+SETTLE_FOR_S = 3600.0
 MAX_MESSAGE = 1000
 
 
@@ -422,8 +423,8 @@ def drop_error(context: Context) -> TaskError:
 def settle(attempt: Sending, settled: Outcome, end: End) -> None:
     """Write how the attempt ended. Raises `Lost` where the task was no longer ours.
 
-    While Postgres is away, queued work tries again until its lease is lost. Inline work gives
-    the answer at once, with a warning, and its settlement goes on by itself.
+    While Postgres is away, queued work tries again. Inline work gives the answer at once, with
+    a warning, and its settlement goes on by itself.
     """
     context = attempt.context
     try:
@@ -464,10 +465,13 @@ def settle_aside(attempt: Sending, settled: Outcome, end: End) -> None:
 
 
 def settle_until_done(attempt: Sending, settled: Outcome, end: End) -> None:
+    """A lost lease is no reason to stop: the fence says whether somebody took the task, and the
+    true cost is written even then."""
     context = attempt.context
+    until = time.monotonic() + SETTLE_FOR_S
     # Still under way: the pulse must not take it for forgotten.
-    with pulse.watch(context.task.id, context.drop, owner=context.task.owner_id):
-        while context.dropped != "lease":
+    with pulse.watch(context.task.id, context.drop):
+        while time.monotonic() < until:
             time.sleep(SETTLE_AGAIN_S)
             try:
                 ledger.finish(context.task, attempt.id, settled, end)
