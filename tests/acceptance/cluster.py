@@ -12,6 +12,7 @@ what it started, and nothing else is.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -30,6 +31,9 @@ import redis
 from project.stack.ports import free_port
 from project.stack.processes import before_exec, tail
 from project.stack.programs import LANES, Places, programs
+
+# A line for each request says nothing in a test's report.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "lt_acceptance00_only-for-tests-0123456789"
@@ -109,7 +113,7 @@ class Cluster:
             if "sandbox" in self.commands:
                 self.start("sandbox")
             self.manage("migrate", "--verbosity=0")
-            self.manage("seed_demo")
+            self.manage("seed_demo", "--route", "slow-20000")
             for name in self.commands:
                 if name != "sandbox":
                     self.start(name)
