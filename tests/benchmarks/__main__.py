@@ -25,7 +25,7 @@ DELAYS_MS = (0, 50)
 class Plan:
     rounds: int
     concurrency: tuple[int, ...]
-    seconds: float
+    seconds: int
     idle_posts: int
     queued_tasks: int
 
@@ -34,8 +34,8 @@ class Plan:
         return tuple((delay, count) for delay in DELAYS_MS for count in self.concurrency)
 
 
-FULL = Plan(rounds=3, concurrency=(1, 8, 32, 128), seconds=5.0, idle_posts=40, queued_tasks=2000)
-QUICK = Plan(rounds=1, concurrency=(1, 8), seconds=1.0, idle_posts=5, queued_tasks=100)
+FULL = Plan(rounds=3, concurrency=(1, 8, 32, 128), seconds=6, idle_posts=40, queued_tasks=2000)
+QUICK = Plan(rounds=1, concurrency=(1, 8), seconds=1, idle_posts=5, queued_tasks=100)
 
 
 def say(text: str) -> None:
@@ -113,7 +113,7 @@ def warm_up(
 ) -> None:
     """Connections, caches and threads are made; nothing is kept of it."""
     levels = tuple((delay, plan.concurrency[-1]) for delay in DELAYS_MS)
-    list(inline.cells(app, vendor, database, levels, 1.0, "warm"))
+    list(inline.cells(app, vendor, database, levels, 1, "warm"))
     queued.measure(app, database, 2, 20, "warm")
 
 

@@ -48,7 +48,7 @@ def cells(
     upstream: Upstream,
     database: "psycopg.Connection[Any]",
     levels: tuple[tuple[int, int], ...],
-    seconds: float,
+    seconds: int,
     name: str,
 ) -> Iterator[dict[str, Any]]:
     """One round: for each (delay, concurrency) the direct call, then ours."""
@@ -58,7 +58,7 @@ def cells(
             body(upstream.model(delay_ms), ""),
             "Bearer bench",
             concurrency,
-            max(1.0, seconds / 4),
+            max(1, seconds // 4),
         )
         tag = f"{name}-{delay_ms}-{concurrency}"
         before = app.cpu_s()

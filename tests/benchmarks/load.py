@@ -37,17 +37,17 @@ def generator() -> str:
     return "wrk" if shutil.which("wrk") else "python"
 
 
-def post(url: str, body: str, authorization: str, concurrency: int, seconds: float) -> Load:
+def post(url: str, body: str, authorization: str, concurrency: int, seconds: int) -> Load:
     """POST `body` over `concurrency` connections, each as fast as it is answered."""
     if generator() == "wrk":
         return with_wrk(url, body, authorization, concurrency, seconds)
     return with_threads(url, body, authorization, concurrency, seconds)
 
 
-def with_wrk(url: str, body: str, authorization: str, concurrency: int, seconds: float) -> Load:
+def with_wrk(url: str, body: str, authorization: str, concurrency: int, seconds: int) -> Load:
     # One thread is far from being the bottleneck, and leaves the other core to what is measured.
     command = [
-        *("wrk", "--threads=1", f"--connections={concurrency}", f"--duration={seconds:g}s"),
+        *("wrk", "--threads=1", f"--connections={concurrency}", f"--duration={seconds}s"),
         *(f"--timeout={TIMEOUT_S}s", f"--script={SCRIPT}", url),
     ]
     environment = {**os.environ, "BENCH_BODY": body, "BENCH_AUTHORIZATION": authorization}
@@ -60,7 +60,7 @@ def with_wrk(url: str, body: str, authorization: str, concurrency: int, seconds:
     return Load(**json.loads(lines[-1]))
 
 
-def with_threads(url: str, body: str, authorization: str, concurrency: int, seconds: float) -> Load:
+def with_threads(url: str, body: str, authorization: str, concurrency: int, seconds: int) -> Load:
     parts = urlsplit(url)
     headers = {"Content-Type": "application/json", "Authorization": authorization}
     milliseconds: list[float] = []
