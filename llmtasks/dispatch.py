@@ -58,7 +58,8 @@ WHERE status IN ('queued', 'running') AND mode = 'queued' GROUP BY provider, lan
 
 # For each provider and lane with room: tenants that have work due there, found by a skip scan over
 # the index which begins after the tenant that had its turn last (part 0) and goes round (part 1);
-# of each its oldest tasks; and of those as many as there is room for, tenants taking turns.
+# of each its oldest tasks; and of those as many as there is room for, tenants taking turns. Arrays
+# rather than joins: the planner can't tell how few there are, and would read the whole table.
 PICK = """
 WITH RECURSIVE asked AS (
     SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(rooms)s::int[],
@@ -96,13 +97,13 @@ WITH RECURSIVE asked AS (
         row_number() OVER (PARTITION BY provider, lane ORDER BY turn, part, tenant_id) AS place
     FROM turns
 ), picked AS (
-    SELECT t.id, r.place FROM ranked r JOIN llmtasks_task t ON t.id = r.id
-    WHERE r.place <= r.free AND t.status = 'waiting'
-    ORDER BY t.id FOR UPDATE OF t SKIP LOCKED
+    SELECT id FROM llmtasks_task
+    WHERE id = ANY(ARRAY(SELECT id FROM ranked WHERE place <= free)) AND status = 'waiting'
+    ORDER BY id FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'queued', seq = seq + 1, queued_at = clock_timestamp()
-FROM picked WHERE t.id = picked.id AND t.status = 'waiting'
-RETURNING t.id, t.seq, t.provider, t.lane, t.tenant_id, picked.place
+WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND status = 'waiting'
+RETURNING id, seq, provider, lane, tenant_id, (SELECT place FROM ranked WHERE ranked.id = t.id)
 """
 
 PUT_BACK = """
