@@ -25,9 +25,9 @@ def version() -> int:
     return Config.objects.get().version
 
 
-def run() -> str:
+def run(*arguments: str) -> str:
     out = StringIO()
-    call_command("import_prices", stdout=out)
+    call_command("import_prices", *arguments, stdout=out)
     return out.getvalue()
 
 
@@ -45,6 +45,11 @@ def test_an_import_happens_once():
     assert rows > 3000
     assert "0 new, 0 changed" in run()
     assert (Price.objects.count(), version()) == (rows, before)
+
+
+def test_what_is_left_out_is_counted_and_named_when_asked_for():
+    assert "left out, price by the hour: " in run()
+    assert "  deepseek/deepseek-chat\n" in run("--left-out")
 
 
 def test_an_import_makes_the_rows_what_the_package_says():

@@ -8,11 +8,18 @@ from fractions import Fraction
 import genai_prices
 import pytest
 from django.db import OperationalError
+from genai_prices.types import ModelPrice
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtasks import pricing, pulse
-from llmtasks.management.commands.import_prices import AMOUNT_FIELDS, bundled
+from llmtasks.management.commands.import_prices import (
+    AMOUNT_FIELDS,
+    bundled,
+)
+from llmtasks.management.commands.import_prices import (
+    amounts as amounts_of,
+)
 from llmtasks.models import CostState
 from llmtasks.pricing import Prices, Rates
 from providers.types import Usage
@@ -233,6 +240,13 @@ def test_the_last_table_holds_while_postgres_is_away(reads, monkeypatch):
     assert pricing.prices().version == 2
 
 
+def test_threads_that_waited_for_the_reader_read_nothing(reads, monkeypatch):
+    monkeypatch.setattr(pulse, "config_version", lambda: 1)
+    known = pricing.prices()
+    assert pricing._read_once(1) is known
+    assert reads == [1]
+
+
 def test_without_any_table_postgres_away_is_an_error(reads, monkeypatch):
     monkeypatch.setattr(pulse, "config_version", lambda: 1)
     reads.fail = True
@@ -339,6 +353,11 @@ def test_no_amount_is_a_float(package):
     for rows in package.of_model.values():
         for row in rows:
             assert all(type(getattr(row, field)) is Decimal for field in AMOUNT_FIELDS)
+
+
+def test_a_price_without_input_makes_no_row():
+    with pytest.raises(ValueError, match="price of input"):
+        amounts_of(ModelPrice(output_mtok=Decimal(1)), 0, is_claude=False)
 
 
 def test_what_is_left_out_is_told():
