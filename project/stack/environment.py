@@ -72,6 +72,7 @@ def for_programs(
     """What every program finds in its environment."""
     return {
         "SANDBOX_KEY": "sandbox-needs-no-key",
+        "FLOWER_URL": f"http://127.0.0.1:{where.flower_port}/",
         **environment,
         "SECRET_KEY": credentials["secret_key"],
         "DJANGO_SETTINGS_MODULE": "project.settings",
