@@ -10,8 +10,9 @@ from uuid import UUID
 
 from django.db import IntegrityError, OperationalError
 
-from llmtasks import bodies, call, events, ledger, pulse, queues, stores
-from llmtasks.call import AnyRequest, AnyResponse, Context, Reset
+from llmtasks import attempts, bodies, call, events, ledger, pulse, queues, stores
+from llmtasks.bodies import AnyRequest, AnyResponse
+from llmtasks.context import Context, Event, Reset
 from llmtasks.errors import (
     ApiError,
     Conflict,
@@ -60,7 +61,7 @@ def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None)
     return Outcome(task, response, context.warning)
 
 
-def stream(task: Task, request: AnyRequest) -> Iterator[call.Event | Outcome]:
+def stream(task: Task, request: AnyRequest) -> Iterator[Event | Outcome]:
     """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the iterator drops the
     call. No `Reset` comes: what went out over HTTP can't be taken back."""
     context = inline_context(task, streams=True)
@@ -106,7 +107,7 @@ def conclude_inline(task: Task, error: Exception) -> None:
         raise Conflict("a request with this Idempotency-Key was faster", retry_after=1) from taken
     except OperationalError:
         log.warning("Postgres went away under a task", extra={"task": task.id})
-        ledger.put_end(task, call.describe(call.final_status(error), error))
+        ledger.put_end(task, attempts.describe(attempts.final_status(error), error))
     if isinstance(error, NoProvider):
         raise error
 
@@ -156,7 +157,7 @@ def perform(task: Task, stored: Any) -> None:
     tell(task)
 
 
-def publish_deltas(task: Task, answer: Iterator[call.Event]) -> None:
+def publish_deltas(task: Task, answer: Iterator[Event]) -> None:
     for event in answer:
         if isinstance(event, Reset):
             events.publish_reset(task.id, event.attempt)
@@ -168,7 +169,7 @@ def conclude(task: Task, error: Exception) -> None:
     """Write a task's end by an error that came before its first attempt, or between two."""
     if task.status in FINAL:
         return
-    end = call.describe(call.final_status(error), error)
+    end = attempts.describe(attempts.final_status(error), error)
     if isinstance(error, Interrupted) and call.may_run_again(task):
         end = ledger.End(status=Status.WAITING)
     try:

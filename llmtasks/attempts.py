@@ -1,0 +1,266 @@
+"""One attempt: written down before it is sent, settled however it ends.
+
+    begin → send → settle
+
+`settle` takes what it cost (an `Outcome`) and what becomes of the task (an `End`).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from django.db import DataError, OperationalError
+
+from llmtasks import bodies, ledger, pricing, pulse, routing, stores
+from llmtasks.bodies import AnyRequest, AnyResponse
+from llmtasks.context import Context, Event
+from llmtasks.errors import Cancelled, ClientLeft, InternalError, Lost
+from llmtasks.ledger import End, Outcome
+from llmtasks.models import CostState, Mode, Status
+from llmtasks.routing import Candidate
+from providers import errors
+from providers.http import Exchange
+from providers.types import (
+    Done,
+    EmbeddingRequest,
+    Request,
+    Response,
+    StreamEvent,
+    TextDelta,
+    ThinkingDelta,
+    ToolCallDelta,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+# How often, and for how long, a settlement is tried while Postgres is away.
+SETTLE_AGAIN_S = 0.5
+SETTLE_FOR_S = 3600.0
+MAX_MESSAGE = 1000
+
+
+@dataclass(slots=True)
+class Sending:
+    """One attempt under way. `streamed` counts the bytes of deltas that went out; `has_told`
+    says that any delta did, an empty one included."""
+
+    candidate: Candidate
+    context: Context
+    exchange: Exchange
+    id: UUID
+    input_bytes: int
+    max_output_tokens: int | None
+    started: float
+    streamed: int = 0
+    has_told: bool = False
+
+    @property
+    def provider(self) -> str:
+        return self.candidate.provider
+
+    @property
+    def model(self) -> str:
+        return self.candidate.model
+
+
+def begin(candidate: Candidate, request: AnyRequest, context: Context, number: int) -> Sending:
+    """Write the attempt down, before anything is sent."""
+    task = context.task
+    limit = request.max_output_tokens if isinstance(request, Request) else 0
+    estimate = pricing.estimate(candidate.price_family, candidate.model, len(task.body), limit)
+    attempt_id = ledger.begin(
+        task,
+        step=context.step,
+        number=number,
+        provider=candidate.provider,
+        model=candidate.model,
+        estimate=estimate.amount,
+        cost_state=estimate.state,
+        price_id=estimate.price_id,
+    )
+    stores.release()
+    exchange = Exchange(
+        deadline=context.deadline,
+        # OpenAI documents this header; other vendors ignore it.
+        headers={"X-Client-Request-Id": f"{task.id}.{number}"},
+    )
+    context.exchange = exchange
+    if context.dropped:
+        exchange.drop(context.dropped)
+    return Sending(
+        candidate, context, exchange, attempt_id, len(task.body), limit, time.monotonic()
+    )
+
+
+def send(attempt: Sending, request: AnyRequest) -> Generator[Event, None, AnyResponse]:
+    """The call itself. Raises `ProviderError`, `Dropped`."""
+    routing.check_credential(attempt.candidate)
+    adapter = attempt.candidate.adapter
+    if isinstance(request, EmbeddingRequest):
+        return adapter.embed(replace(request, model=attempt.model), attempt.exchange)
+    request = replace(request, model=attempt.model)
+    if not (attempt.context.streams and adapter.supports_streaming):
+        return adapter.complete(request, attempt.exchange)
+    for event in adapter.stream(request, attempt.exchange):
+        if isinstance(event, Done):
+            return event.response
+        attempt.streamed += size(event)
+        attempt.has_told = True
+        yield event
+    raise errors.BadResponse("the stream ended without an answer")
+
+
+def size(event: StreamEvent) -> int:
+    if isinstance(event, TextDelta | ThinkingDelta):
+        return len(event.text.encode())
+    return len(event.arguments.encode()) if isinstance(event, ToolCallDelta) else 0
+
+
+# --- settle: what it cost, and what becomes of the task ---------------------------------------
+
+
+def answer_outcome(attempt: Sending, answer: AnyResponse) -> Outcome:
+    """A call that was answered: the vendor's usage, or an estimate where it gave none."""
+    candidate = attempt.candidate
+    if answer.usage is not None:
+        cost = pricing.cost_of(answer.usage, candidate.price_family, candidate.model)
+    else:
+        text = answer.text if isinstance(answer, Response) else ""
+        cost = estimate(attempt, len(text.encode()))
+    return outcome(attempt, cost, usage=answer.usage or Usage(), raw_usage=answer.raw_usage)
+
+
+def error_outcome(attempt: Sending, error: BaseException, name: str) -> Outcome:
+    """A call that failed. One that never went out, or that the vendor refused, costs nothing; any
+    other may be on its bill: what went over the wire is the estimate."""
+    exchange = attempt.exchange
+    if not exchange.is_sent or (exchange.status or 0) >= 400:
+        cost = pricing.Cost(amount=Decimal(0), state=CostState.FINAL, price_id=None)
+    else:
+        cost = estimate(attempt, attempt.streamed)
+    message = getattr(error, "message", "") or str(error)
+    return outcome(attempt, cost, error_class=name, error_message=message[:MAX_MESSAGE])
+
+
+def estimate(attempt: Sending, output_bytes: int) -> pricing.Cost:
+    candidate = attempt.candidate
+    tokens = -(-output_bytes // 4)
+    return pricing.estimate(candidate.price_family, candidate.model, attempt.input_bytes, tokens)
+
+
+def outcome(attempt: Sending, cost: pricing.Cost, **fields: Any) -> Outcome:
+    exchange = attempt.exchange
+    first = exchange.first_byte_at
+    return Outcome(
+        cost=cost.amount,
+        cost_state=cost.state,
+        price_id=cost.price_id,
+        latency_ms=milliseconds(time.monotonic() - attempt.started),
+        first_token_ms=None if first is None else milliseconds(first - attempt.started),
+        http_status=exchange.status,
+        vendor_request_id=exchange.request_id or "",
+        **({"usage": Usage()} | fields),
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1000))
+
+
+def success(context: Context, answer: AnyResponse) -> End:
+    if not context.ends_task:
+        return End(status=Status.RUNNING)
+    body = bodies.dump_response(context.task.kind, answer)
+    return End(status=Status.SUCCEEDED, response=body)
+
+
+def failure(context: Context, error: Exception) -> End:
+    """The task's end by an error, where the task ends with this call."""
+    if not context.ends_task:
+        return End(status=Status.RUNNING)
+    return describe(final_status(error), error)
+
+
+def final_status(error: Exception) -> str:
+    return Status.CANCELLED if isinstance(error, Cancelled | ClientLeft) else Status.FAILED
+
+
+def describe(status: str, error: Exception, wait_s: float = 0.0) -> End:
+    return End(
+        status=status,
+        error_class=type(error).__name__,
+        error_message=str(getattr(error, "message", error))[:MAX_MESSAGE],
+        error_status=getattr(error, "status", None),
+        error_param=(getattr(error, "param", None) or "")[:100],
+        retry_after=getattr(error, "retry_after", None),
+        wait_s=wait_s,
+    )
+
+
+def settle(attempt: Sending, settled: Outcome, end: End) -> None:
+    """Write how the attempt ended. Raises `Lost` where the task was no longer ours.
+
+    While Postgres is away, queued work tries again. Inline work gives the answer at once, with
+    a warning, and its settlement goes on by itself.
+    """
+    context = attempt.context
+    try:
+        ledger.finish(context.task, attempt.id, settled, end)
+    except OperationalError:
+        log.warning("a settlement waits for Postgres", extra={"task": context.task.id})
+        if context.task.mode == Mode.INLINE:
+            context.warning = "stored later: Postgres is away"
+            ledger.put_end(context.task, end)
+            threading.Thread(
+                target=settle_aside, args=(attempt, settled, end), name="settle", daemon=True
+            ).start()
+        else:
+            settle_until_done(attempt, settled, end)
+    except DataError:
+        # What the vendor sent can't be stored. An attempt is settled all the same.
+        log.exception("an answer can't be stored", extra={"task": context.task.id})
+        error = InternalError("the provider's answer can't be stored: see the server's log")
+        bare = Outcome(
+            usage=Usage(),
+            cost=settled.cost,
+            cost_state=settled.cost_state,
+            price_id=settled.price_id,
+            http_status=settled.http_status,
+            error_class=type(error).__name__,
+            error_message=error.message,
+        )
+        ledger.finish(context.task, attempt.id, bare, failure(context, error))
+        raise error from None
+
+
+def settle_aside(attempt: Sending, settled: Outcome, end: End) -> None:
+    """In a thread of its own: the caller has the answer."""
+    try:
+        settle_until_done(attempt, settled, end)
+    except Exception:
+        log.exception("a settlement was lost", extra={"task": attempt.context.task.id})
+
+
+def settle_until_done(attempt: Sending, settled: Outcome, end: End) -> None:
+    """A lost lease is no reason to stop: the fence says whether somebody took the task, and the
+    true cost is written even then."""
+    context = attempt.context
+    until = time.monotonic() + SETTLE_FOR_S
+    # Still under way: the pulse must not take it for forgotten.
+    with pulse.watch(context.task.id, context.drop):
+        while time.monotonic() < until:
+            time.sleep(SETTLE_AGAIN_S)
+            try:
+                ledger.finish(context.task, attempt.id, settled, end)
+            except OperationalError:
+                continue
+            finally:
+                stores.release()
+            return
+    raise Lost

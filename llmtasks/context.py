@@ -1,0 +1,73 @@
+"""What surrounds a call: its task, its deadline, its caller, and who dropped it."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from socket import socket
+
+from llmtasks import pulse, stores
+from llmtasks.errors import Cancelled, ClientLeft, Interrupted, TaskError
+from llmtasks.models import Task
+from providers.http import Exchange
+from providers.types import StreamEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """What was streamed so far is void: a new attempt starts from the beginning."""
+
+    attempt: int
+
+
+Event = StreamEvent | Reset
+
+
+@dataclass
+class Context:
+    """What surrounds a call: its task, its deadline, and whether somebody dropped it.
+
+    `ends_task`: the task succeeds or fails with this call (a chat), and is written so together
+    with the attempt. `streams`: deltas are wanted; `may_restart`: whoever gets them understands a
+    `Reset`. `client`: the caller's socket, watched for a hang-up.
+    """
+
+    task: Task
+    step: int = 0
+    ends_task: bool = True
+    streams: bool = False
+    may_restart: bool = False
+    client: socket | None = None
+    warning: str = ""
+    exchange: Exchange | None = None
+    dropped: str = ""
+    wakes: threading.Event = field(default_factory=threading.Event)
+    deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        left = (self.task.deadline - pulse.now()).total_seconds()
+        self.deadline = time.monotonic() + left
+
+    def drop(self, reason: str) -> None:
+        """End the call from another thread: `cancel`, `client` or `lease`."""
+        self.dropped = self.dropped or reason
+        self.wakes.set()
+        if (exchange := self.exchange) is not None:
+            exchange.drop(reason)
+
+    def pause(self, seconds: float) -> None:
+        """Wait without holding a connection; a drop ends it early."""
+        stores.release()
+        self.wakes.wait(seconds)
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+def drop_error(context: Context) -> TaskError:
+    """The error that says why the call was dropped."""
+    if context.dropped == "cancel":
+        return Cancelled("cancelled on request")
+    if context.dropped == "client":
+        return ClientLeft("the caller hung up")
+    return Interrupted("the process that ran it lost its lease")
