@@ -5,6 +5,7 @@ can't be read raises `ImproperlyConfigured` with the name in its message.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 
 from django.core.exceptions import ImproperlyConfigured
@@ -43,15 +44,22 @@ def seconds(name: str, default: float, about: str, *, least: float = 0.0) -> flo
 
 
 def number(
-    name: str, default: float, about: str, *, least: float, kind: type[int] | type[float]
+    name: str,
+    default: float,
+    about: str,
+    *,
+    least: float,
+    most: float = sys.float_info.max,
+    kind: type[int] | type[float],
 ) -> float:
     value = text(name, str(default), about)
     try:
         parsed = kind(value)
     except ValueError:
         raise ImproperlyConfigured(f"{name} is {value!r}: give a number") from None
-    if parsed < least:
-        raise ImproperlyConfigured(f"{name} is {value}: give {least} or more")
+    if not least <= parsed <= most:
+        limit = f"{least} or more" if most == sys.float_info.max else f"{least} to {most}"
+        raise ImproperlyConfigured(f"{name} is {value}: give {limit}")
     return parsed
 
 

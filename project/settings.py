@@ -107,7 +107,7 @@ def database(url: str) -> dict[str, Any]:
     try:
         parts: dict[str, Any] = dict(conninfo_to_dict(url))
     except ProgrammingError as error:
-        raise ImproperlyConfigured(f"DATABASE_URL can't be read: {error}") from None
+        raise ImproperlyConfigured(f"DATABASE_URL can't be read: {str(error).strip()}") from None
     return {
         "ENGINE": "django.db.backends.postgresql",
         "NAME": parts.pop("dbname", "postgres"),
@@ -217,6 +217,7 @@ LLMTASKS = {
         0.75,
         "Share of a lane's slots that one provider may hold (0 to 1)",
         least=0.01,
+        most=1.0,
         kind=float,
     ),
     "LEASE_S": env.seconds(
