@@ -10,7 +10,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from llmtasks import bodies, call, dispatch, events, execute, ledger, pulse, stores, submit
+from llmtasks import attempts, bodies, dispatch, events, execute, ledger, pulse, stores, submit
 from llmtasks.errors import NoProvider
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Mode, OnUnknown, Provider, Status, Task, TaskPayload, Tenant
@@ -574,7 +574,7 @@ def lose_statement(monkeypatch):
         raise OperationalError("the connection broke")
 
     monkeypatch.setattr(ledger, "fetch", fetch)
-    monkeypatch.setattr(call, "SETTLE_AGAIN_S", 0.05)
+    monkeypatch.setattr(attempts, "SETTLE_AGAIN_S", 0.05)
     return lambda text, times=1, after=False: losing.extend([(text, after)] * times)
 
 
