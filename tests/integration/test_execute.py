@@ -1,16 +1,18 @@
 """Calls through the whole corridor, against the sandbox over HTTP: inline, streamed, queued."""
 
 import contextlib
+import ssl
 import threading
 import time
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.db import connection
 from django.utils import timezone
 
-from llmtasks import attempts, bodies, dispatch, events, execute, ledger, pulse, stores, submit
+from llmtasks import bodies, dispatch, events, execute, ledger, pulse, stores, submit
 from llmtasks.errors import NoProvider
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Mode, OnUnknown, Provider, Status, Task, TaskPayload, Tenant
@@ -19,6 +21,7 @@ from providers.sandbox_answers import tokens
 from providers.types import Response, TextDelta
 from tests import factories
 
+TLS = Path(__file__).parent.parent / "unit" / "fixtures" / "tls"
 FORMATS = {"compatible": "", "anthropic": "claude-"}
 
 
@@ -401,6 +404,26 @@ def test_a_running_queued_call_is_cancelled_within_a_second(account, tenant, san
     check_ledger(task)
 
 
+def test_a_call_under_tls_is_cancelled_too(account, tenant, monkeypatch):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "cert.pem"))
+    with Sandbox(tls=context) as secure:
+        Provider.objects.update(base_url=f"{secure.base_url}/v1")
+        factories.route("slow", (account, "long-100000-50"))
+        task = queue(tenant, "slow")
+        [hint] = release()
+        with in_thread(execute.run_queued, hint.task_id, hint.seq) as thread:
+            until(lambda: secure.calls()["under_way"])
+            asked = time.monotonic()
+            execute.cancel(task.id)
+            thread.join(10)
+            assert time.monotonic() - asked < 3
+    task.refresh_from_db()
+    assert (task.status, task.cost_state) == ("cancelled", "estimated")
+    check_ledger(task)
+
+
 def test_an_inline_call_is_cancelled_too(account, tenant):
     factories.route("slow", (account, "slow-20000"))
     work = factories.work(tenant, "slow")
@@ -574,7 +597,7 @@ def lose_statement(monkeypatch):
         raise OperationalError("the connection broke")
 
     monkeypatch.setattr(ledger, "fetch", fetch)
-    monkeypatch.setattr(attempts, "SETTLE_AGAIN_S", 0.05)
+    monkeypatch.setattr("llmtasks.attempts.SETTLE_AGAIN_S", 0.05)
     return lambda text, times=1, after=False: losing.extend([(text, after)] * times)
 
 
