@@ -14,6 +14,8 @@ from typing import Any
 
 import psycopg
 
+from project.stack import processes
+from project.stack.errors import Stopped
 from tests.benchmarks import application, inline, load, machine, queued, tables, upstream
 from tests.benchmarks.application import Application
 
@@ -63,6 +65,8 @@ def main() -> int:
     if not given.quick:
         machine.require_durable(found)
     given.out.mkdir(parents=True, exist_ok=True)
+    # A signal to end is an exception, so that all that was started is ended.
+    processes.raise_on_signals()
     folder = Path(tempfile.mkdtemp(prefix="llmtasks-bench-"))
     try:
         figures = run(plan, given.rounds or plan.rounds, folder, given.upstream)
@@ -150,4 +154,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except Stopped:
+        raise SystemExit(130) from None
