@@ -2,6 +2,7 @@
 
 import os
 import sys
+import termios
 
 
 def say(line: str = "") -> None:
@@ -12,3 +13,21 @@ def say(line: str = "") -> None:
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")
+
+
+class Terminal:
+    """The terminal that we were started from, if any."""
+
+    def __init__(self) -> None:
+        self.was_there = sys.stdin is not None and sys.stdin.isatty()
+
+    def is_gone(self) -> bool:
+        """Whether it was closed. Its SIGHUP goes to whoever leads the session, which may be a
+        make that keeps it to itself."""
+        if not self.was_there:
+            return False
+        try:
+            termios.tcgetattr(0)
+        except termios.error:
+            return True
+        return False

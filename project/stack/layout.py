@@ -31,8 +31,12 @@ class Layout:
         """The stack in `data`, whose folders are made where they are missing."""
         layout = cls(Path(data).expanduser().resolve())
         try:
+            if not layout.data.exists():
+                layout.data.mkdir(parents=True)
+                # As root, Postgres runs as another user, who has to pass through.
+                layout.data.chmod(0o711 if os.geteuid() == 0 else 0o700)
             for folder in (layout.data, layout.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(exist_ok=True)
                 probe = folder / ".write-test"
                 probe.touch()
                 probe.unlink()
@@ -94,7 +98,7 @@ def make_private(folder: Path) -> None:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise StackError(f"{folder} belongs to someone else: remove it")
-    # As root, Postgres runs as another user, who has to pass through to a folder of its own.
+    # See `Layout.at`.
     folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
 
 

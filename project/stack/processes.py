@@ -101,7 +101,9 @@ def raise_on_signals() -> None:
         raise Stopped(number)
 
     for number in END_SIGNALS:
-        signal.signal(number, stop)
+        # Under nohup we are to outlive the terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def ignore_signals() -> None:

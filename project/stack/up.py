@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from project.stack import credentials, demo, environment, ports, prepare, processes
-from project.stack.console import say
+from project.stack.console import Terminal, say
 from project.stack.demo import Demo
 from project.stack.errors import StackError, Stopped
 from project.stack.layout import Layout, holder, locked, write_private
@@ -52,6 +52,7 @@ class Stack:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.terminal = Terminal()
         self.settings = environment.own()
         self.credentials = credentials.load(layout) | environment.chosen(self.settings)
         self.places = environment.places(self.settings, layout)
@@ -81,7 +82,7 @@ class Stack:
     def stay(self, found: Demo) -> NoReturn:
         """Look after everything until a signal ends us."""
         refresh_at = 0.0
-        while True:
+        while not self.terminal.is_gone():
             self.servers.watch()
             if self.manager:
                 self.manager.watch()
@@ -89,6 +90,7 @@ class Stack:
                 refresh_at = time.monotonic() + FLOWER_S
                 demo.refresh_flower(found)
             time.sleep(1.0)
+        raise Stopped(signal.SIGHUP)
 
     def start(self) -> None:
         # Written anew once all is ready.
