@@ -67,7 +67,7 @@ def principal_of(request: Request) -> Principal:
 # --- The body -------------------------------------------------------------------------------
 
 
-def read_body(request: Request) -> bytes:
+def read_body(request: Request, *, is_json: bool = True) -> bytes:
     """The request's bytes. Raises BodyTooLarge, UnsupportedMedia."""
     http = request._request
     limit = int(settings.LLMTASKS["MAX_BODY_BYTES"])
@@ -78,7 +78,7 @@ def read_body(request: Request) -> bytes:
         raise too_large(limit)
     else:
         raw = http.body
-    if raw and not JSON_TYPES.match(http.META.get("CONTENT_TYPE", "")):
+    if raw and is_json and not JSON_TYPES.match(http.META.get("CONTENT_TYPE", "")):
         raise UnsupportedMedia("Send JSON, with the header Content-Type: application/json.")
     return raw
 

@@ -105,7 +105,7 @@ class Cancel(ApiView):
         principal = principal_of(request)
         principal.require(auth.CANCEL, task_id)
         # Repeating it is harmless: the key is checked, and needs no memory.
-        idempotency_of(request, read_body(request), "/v1/tasks/{id}/cancel")
+        idempotency_of(request, read_body(request, is_json=False), "/v1/tasks/{id}/cancel")
         try:
             execute.cancel(task_id, principal.tenant_id)
         except Conflict:
@@ -124,7 +124,9 @@ class Retry(ApiView):
     def post(self, request: Request, task_id: UUID) -> HttpResponse:
         principal = principal_of(request)
         principal.require(Scope.WRITE)
-        idempotency = idempotency_of(request, read_body(request), "/v1/tasks/{id}/retry")
+        idempotency = idempotency_of(
+            request, read_body(request, is_json=False), "/v1/tasks/{id}/retry"
+        )
         if earlier := earlier_task(principal.tenant_id, idempotency):
             return tell_replayed(accepted(earlier, Preferences()))
         return accepted(submit.retry(task_id, principal.tenant_id, idempotency), Preferences())
@@ -137,7 +139,7 @@ class Token(ApiView):
     def post(self, request: Request, task_id: UUID) -> HttpResponse:
         principal = principal_of(request)
         principal.require(Scope.READ)
-        idempotency_of(request, read_body(request), "/v1/tasks/{id}/token")
+        idempotency_of(request, read_body(request, is_json=False), "/v1/tasks/{id}/token")
         load(task_id, principal.tenant_id)
         token = auth.mint(principal, task_id)
         return answers.json_response(
