@@ -9,7 +9,7 @@ import psutil
 from project.stack import processes
 from project.stack.console import say
 from project.stack.errors import StackError
-from project.stack.layout import Layout, holder, locked
+from project.stack.layout import Layout, holder, locked, remove_sockets
 
 # Programs, supervisord and Postgres each have their time to end.
 PATIENCE_S = 90.0
@@ -27,6 +27,7 @@ def down(data: Path | str) -> int:
         if not mine:
             raise StackError("another `make up` began meanwhile: run make down again")
         left = processes.end_all(layout.data)
+        remove_sockets(layout)
     say("everything has ended" if owner is not None or left else "nothing is running")
     return 0
 

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class Layout:
             folder = Path("/tmp") / f"llmtasks-{os.geteuid()}-{name}"  # noqa: S108 - checked below
         make_private(folder)
         return folder
+
+
+def remove_sockets(layout: Layout) -> None:
+    """Leave nothing in /tmp: the folder is made anew at the next start."""
+    shutil.rmtree(layout.sockets(), ignore_errors=True)
 
 
 def make_private(folder: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 from project.stack import processes
 from project.stack.console import say
 from project.stack.errors import StackError, Stopped
-from project.stack.layout import Layout, locked
+from project.stack.layout import Layout, locked, remove_sockets
 from project.stack.owner import Servers
 
 SLOTS = 16
@@ -39,6 +39,7 @@ def slot(parent: Path) -> Iterator[Layout]:
 def clear(layout: Layout) -> None:
     """End what an earlier run left behind (it was killed) and throw its data away."""
     processes.end_all(layout.data)
+    remove_sockets(layout)
     for path in layout.data.iterdir():
         if path.is_dir() and path != layout.logs:
             shutil.rmtree(path, ignore_errors=True)

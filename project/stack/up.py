@@ -10,7 +10,7 @@ from project.stack import credentials, demo, environment, ports, prepare, proces
 from project.stack.console import Terminal, say
 from project.stack.demo import Demo
 from project.stack.errors import StackError, Stopped
-from project.stack.layout import Layout, holder, locked, write_private
+from project.stack.layout import Layout, holder, locked, remove_sockets, write_private
 from project.stack.manager import Manager, interpreter
 from project.stack.owner import Servers, check_external
 from project.stack.processes import PROGRAM, Child, marked, tail
@@ -213,3 +213,4 @@ class Stack:
         self.servers.stop()
         # Whatever slipped through: a program that was just being started, say.
         processes.end_all(self.layout.data)
+        remove_sockets(self.layout)

@@ -18,6 +18,12 @@ IN_CONTAINER = Places(bind="0.0.0.0", inner_bind="0.0.0.0")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
+@pytest.fixture(autouse=True)
+def short_sockets(tmp_path, monkeypatch):
+    """No folder in /tmp for a socket that nobody opens."""
+    monkeypatch.setattr(Layout, "sockets", lambda layout: tmp_path)
+
+
 def test_there_is_a_worker_for_each_lane():
     assert set(LANES) == set(Lane.values)
 
