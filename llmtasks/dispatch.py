@@ -287,4 +287,3 @@ class Ears:
         except (redis.RedisError, OSError):
             self.pubsub = None
             time.sleep(seconds)
-            time.sleep(seconds)
