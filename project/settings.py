@@ -207,7 +207,10 @@ LLMTASKS = {
         "EVENTS_KEPT", 1000, "Events kept in Redis for one task, the oldest dropped", least=10
     ),
     "EVENTS_TTL_S": env.integer(
-        "EVENTS_TTL_S", 3600, "Seconds for which a task's events stay in Redis", least=10
+        "EVENTS_TTL_S",
+        3600,
+        "Seconds for which an unfinished task's events stay in Redis",
+        least=10,
     ),
     "WORKER_CONCURRENCY": env.integer(
         "WORKER_CONCURRENCY", 64, "Tasks that one worker process runs at a time", least=1
