@@ -211,7 +211,7 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
     """
     context = attempt.context
     try:
-        ledger.finish(context.task, attempt.id, settled, end)
+        finish(attempt, settled, end)
     except OperationalError:
         log.warning("a settlement waits for Postgres", extra={"task": context.task.id})
         if context.task.mode == Mode.INLINE:
@@ -222,8 +222,15 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
             ).start()
         else:
             settle_until_done(attempt, settled, end)
+
+
+def finish(attempt: Sending, settled: Outcome, end: End) -> None:
+    """Settle the attempt, also where what the vendor sent can't be stored: then the task fails.
+    Raises `Lost`, `InternalError`, `OperationalError`."""
+    context = attempt.context
+    try:
+        ledger.finish(context.task, attempt.id, settled, end)
     except DataError:
-        # What the vendor sent can't be stored. An attempt is settled all the same.
         log.exception("an answer can't be stored", extra={"task": context.task.id})
         error = InternalError("the provider's answer can't be stored: see the server's log")
         bare = Outcome(
@@ -257,7 +264,7 @@ def settle_until_done(attempt: Sending, settled: Outcome, end: End) -> None:
         while time.monotonic() < until:
             time.sleep(SETTLE_AGAIN_S)
             try:
-                ledger.finish(context.task, attempt.id, settled, end)
+                finish(attempt, settled, end)
             except OperationalError:
                 continue
             finally:

@@ -11,6 +11,7 @@ limiter have their places (marked below), each a step of its own.
 import logging
 from collections.abc import Generator
 from contextlib import suppress
+from functools import partial
 
 from llmtasks import attempts, ledger, pulse, retry, routing
 from llmtasks.attempts import Sending
@@ -51,13 +52,14 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
     (the task is back in `waiting`) or `Lost`.
     """
     task = context.task
+    next_try = partial(retry.choose, is_patient=task.mode == Mode.QUEUED)
     with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         # look_up_cache: its place, before any money.
         candidates = usable_candidates(request, context)
         tries = past_tries(context)
         if context.left_s <= 0:
             raise DeadlineExceeded("the deadline passed before a provider was called")
-        chosen = retry.choose(candidates, tries)
+        chosen = next_try(candidates, tries)
         number = len(tries)
         while chosen is not None:
             # breaker → hold money → take limit: their places, for each candidate.
@@ -67,17 +69,16 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
             attempt = attempts.begin(chosen.candidate, request, context, number)
             try:
                 answer = yield from attempts.send(attempt, request)
+                # Here, since a fault of ours must not leave the attempt open.
+                outcome = attempts.answer_outcome(attempt, answer)
+                end = attempts.success(context, answer)
             except errors.ProviderError as error:
                 tries.append(Try(attempt.provider, attempt.model, type(error), error.retry_after))
-                chosen = after_error(attempt, error, retry.choose(candidates, tries))
+                chosen = after_error(attempt, error, next_try(candidates, tries))
             except BaseException as error:
                 raise after_end(attempt, error) from error
             else:
-                attempts.settle(
-                    attempt,
-                    attempts.answer_outcome(attempt, answer),
-                    attempts.success(context, answer),
-                )
+                attempts.settle(attempt, outcome, end)
                 # store_cache: its place.
                 return answer
         # A resumed task that has no try left.
