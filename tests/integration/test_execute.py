@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 from django.utils import timezone
 
-from llmtasks import bodies, dispatch, events, execute, ledger, pulse, stores, submit
+from llmtasks import bodies, dispatch, events, execute, ledger, pulse, stores, submit, sweep
 from llmtasks.errors import NoProvider
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Mode, OnUnknown, Provider, Status, Task, TaskPayload, Tenant
@@ -575,6 +575,21 @@ def test_an_answer_that_no_column_takes_is_settled_all_the_same(account, tenant,
     check_ledger(task)
 
 
+def test_a_fault_of_ours_after_the_answer_settles_the_attempt_too(
+    account, tenant, door, monkeypatch
+):
+    factories.route("echo", (account, "echo"))
+
+    def broken(*_args: Any) -> bytes:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(bodies, "dump_response", broken)
+    task = door(tenant, "echo").task
+    assert (task.status, task.error_class) == ("failed", "InternalError")
+    assert task.cost_state == "estimated"
+    check_ledger(task)
+
+
 # --- Postgres away --------------------------------------------------------------------------------
 
 
@@ -586,8 +601,6 @@ def lose_statement(monkeypatch):
     losing: list[tuple[str, bool]] = []
 
     def fetch(sql: str, params: Any = (), **options: Any) -> Any:
-        from django.db import OperationalError
-
         hit = next((item for item in losing if item[0] in sql), None)
         if hit is None:
             return real(sql, params, **options)
@@ -622,6 +635,90 @@ def test_an_inline_task_that_could_not_be_begun_leaves_nothing(account, tenant, 
         inline(tenant, "echo")
     assert not Task.objects.exists()
     assert inline(tenant, "echo").task.status == "succeeded"
+
+
+def test_an_end_that_cannot_be_written_is_told_all_the_same(account, tenant, monkeypatch):
+    factories.route("echo", (account, "echo"))
+    work = factories.work(tenant, "echo", deadline_s=0.001)
+    task = submit.inline(work)
+    time.sleep(0.01)
+
+    def away(*_args: Any) -> None:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(ledger, "write_ended", away)
+    outcome = execute.run(task, work.request)
+    assert (outcome.task.status, outcome.task.error_class) == ("failed", "DeadlineExceeded")
+    assert not Task.objects.exists()
+
+
+def test_a_key_taken_meanwhile_is_a_conflict_also_without_an_attempt(account, tenant):
+    factories.route("echo", (account, "echo"))
+    key = submit.Idempotency(endpoint="/v1/tasks", key="k", body_hash="h")
+    late = factories.work(tenant, "echo", deadline_s=0.001, idempotency=key)
+    task = submit.inline(late)
+    inline(tenant, "echo", idempotency=key)
+    with pytest.raises(execute.Conflict):
+        execute.run(task, late.request)
+    assert Task.objects.count() == 1
+
+
+def test_an_inline_task_that_was_taken_for_dead_says_what_became_of_it(account, tenant):
+    factories.route("slow", (account, "slow-1000"))
+    work = factories.work(tenant, "slow")
+    outcomes: list[Outcome] = []
+
+    def run() -> None:
+        outcomes.append(execute.run(submit.inline(work), work.request))
+
+    with in_thread(run):
+        until(sent)
+        Task.objects.update(owner_id=factories.worker(alive=False).id)
+        assert sweep.run() == 1
+    [outcome] = outcomes
+    assert outcome.response is None
+    assert (outcome.task.status, outcome.task.error_class) == ("failed", "Interrupted")
+    # Its answer came late, and is paid for as it was billed.
+    row = Task.objects.get()
+    assert row.cost_state == "final"
+    check_ledger(row)
+
+
+def test_a_task_that_was_taken_over_is_left_alone(account, tenant):
+    factories.route("slow", (account, "slow-1000"))
+    task = queue(tenant, "slow")
+    [hint] = release()
+    with in_thread(execute.run_queued, hint.task_id, hint.seq):
+        until(sent)
+        Task.objects.update(owner_id=factories.worker(alive=False).id)
+        sweep.run()
+    task.refresh_from_db()
+    assert (task.status, task.attempts, task.cost_state) == ("waiting", 1, "final")
+    work_off()
+    task.refresh_from_db()
+    assert (task.status, task.attempts) == ("succeeded", 2)
+    check_ledger(task)
+
+
+def test_a_worker_lets_go_of_a_task_that_it_could_not_begin(account, tenant, lose_statement):
+    factories.route("echo", (account, "echo"))
+    task = queue(tenant, "echo")
+    [hint] = release()
+    lose_statement("INSERT INTO llmtasks_attempt")
+    execute.run_queued(hint.task_id, hint.seq)
+    task.refresh_from_db()
+    assert (task.status, task.attempts) == ("running", 0)
+    mine = pulse.start()
+    for _ in range(2):
+        mine.renewed_at = mine.looked_for_orphans_at = float("-inf")
+        mine.is_registered = True
+        mine.must_renew = True
+        with mine.lock:
+            mine.beat()
+    assert sweep.run() == 1
+    work_off()
+    task.refresh_from_db()
+    assert (task.status, task.attempts) == ("succeeded", 1)
 
 
 # --- what watchers are told -----------------------------------------------------------------------
@@ -673,6 +770,20 @@ def test_what_is_final_cannot_be_cancelled(account, tenant, status):
     task = factories.task(tenant, status=status)
     with pytest.raises(execute.Conflict, match=status):
         execute.cancel(task.id)
+
+
+def test_a_task_that_moves_while_it_is_cancelled_is_cancelled(account, tenant, monkeypatch):
+    """Between the two looks it goes from running to waiting."""
+    task = factories.task(tenant, status="running", fence=1)
+    real = ledger.move
+
+    def move(*args: Any, **fields: Any) -> bool:
+        moved = real(*args, **fields)
+        Task.objects.filter(status="running").update(status="waiting")
+        return moved
+
+    monkeypatch.setattr(ledger, "move", move)
+    assert execute.cancel(task.id).status == "cancelled"
 
 
 def test_nobody_cancels_another_tenants_task(account, tenant):

@@ -248,6 +248,26 @@ def test_a_beat_survives_a_broken_connection(beating):
     assert not beating.is_away
 
 
+def test_a_fault_of_ours_does_not_end_the_pulse(beating, monkeypatch):
+    def broken(_now: float) -> None:
+        raise RuntimeError
+
+    age(6, beating)
+    with monkeypatch.context() as patch:
+        patch.setattr(beating, "disown_orphans", broken)
+        beating.tick()
+    beating.tick()
+    assert not beating.is_away
+
+
+def test_a_forked_child_has_a_pulse_of_its_own(beating, monkeypatch):
+    monkeypatch.setattr(beating, "pid", -1)
+    child = pulse.start()
+    beating.disconnect()
+    assert child is not beating
+    assert Worker.objects.count() == 2
+
+
 def test_time_is_that_of_postgres(beating):
     beating.clock_offset = timedelta(hours=1)
     assert pulse.now() - timezone.now() > timedelta(minutes=59)

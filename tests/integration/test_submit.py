@@ -240,6 +240,14 @@ def test_of_many_requests_at_once_one_makes_the_task(tenant):
     assert Task.objects.count() == IdempotencyKey.objects.count() == 1
 
 
+def test_a_key_that_is_taken_again_and_again_is_a_conflict(tenant, monkeypatch):
+    accepted(tenant, idempotency=key())
+    monkeypatch.setattr(submit, "replay", lambda *_: None)
+    with pytest.raises(Conflict):
+        submit.queued([factories.work(tenant, idempotency=key())])
+    assert Task.objects.count() == 1
+
+
 def test_of_many_inline_requests_at_once_one_runs(tenant, account, sandbox):
     factories.route("slow", (account, "slow-300"))
     factories.in_force()

@@ -1,0 +1,50 @@
+"""Connections: none waits for ever, none is held."""
+
+import time
+
+import psycopg
+import pytest
+from django.db import OperationalError, connection, transaction
+
+from llmtasks import stores
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def test_a_server_that_froze_is_cut_off(monkeypatch):
+    connection.ensure_connection()
+    monkeypatch.setattr(stores.TimedConnection, "wait_s", 0.2)
+    began = time.monotonic()
+    with pytest.raises(OperationalError, match="no answer in time"):
+        stores.fetch("SELECT pg_sleep(5)")
+    assert time.monotonic() - began < 4
+    stores.release()
+    assert stores.fetch("SELECT 1") == [(1,)]
+
+
+def test_a_connection_that_the_server_closed_is_replaced():
+    [(pid,)] = stores.fetch("SELECT pg_backend_pid()")
+    stores.release()
+    parameters = connection.get_connection_params()
+    for name in ("pool", "cursor_factory", "connection_class"):
+        parameters.pop(name, None)
+    with psycopg.connect(**parameters, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(%s)", [pid])
+    time.sleep(0.2)
+    for _ in range(5):
+        assert stores.fetch("SELECT 1") == [(1,)]
+        stores.release()
+
+
+def test_a_connection_goes_back_to_the_pool_but_not_out_of_a_transaction():
+    with transaction.atomic():
+        stores.fetch("SELECT 1")
+        stores.release()
+        assert connection.connection is not None
+    stores.release()
+    assert connection.connection is None
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', b'{"a": 1}', {"a": 1}])
+def test_json_is_read_whichever_way_it_comes(value):
+    assert stores.loads(value) == {"a": 1}
