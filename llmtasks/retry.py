@@ -1,8 +1,8 @@
 """What is tried next after a try failed: pure rules, the error table of `docs/errors.md`.
 
 The order over candidates is two tries each, then the next one, then round again, at most
-`MAX_ATTEMPTS` in all. A vendor's 429 moves on at once and is no failed try: with every candidate
-limited the call waits, bounded by its deadline alone.
+`MAX_ATTEMPTS` in all. A vendor's 429 moves on at once. For queued work it is no failed try: with
+every candidate limited the task waits, bounded by its deadline alone.
 """
 
 import random
@@ -50,11 +50,16 @@ class Next:
     wait_s: float
 
 
-def choose(candidates: Sequence[Candidate], tries: Sequence[Try]) -> Next | None:
-    """The next call, or None where the last error stands."""
+def choose(
+    candidates: Sequence[Candidate], tries: Sequence[Try], *, is_patient: bool
+) -> Next | None:
+    """The next call, or None where the last error stands.
+
+    Queued work is patient: a vendor's 429 is no failed try. Where somebody waits it is one.
+    """
     if tries and not (tries[-1].error.retryable or tries[-1].error.try_next):
         return None
-    if sum(not t.is_limit for t in tries) >= MAX_ATTEMPTS:
+    if sum(not (t.is_limit and is_patient) for t in tries) >= MAX_ATTEMPTS:
         return None
     usable = [c for c in candidates if not is_ruled_out(c, candidates, tries)]
     if not usable:

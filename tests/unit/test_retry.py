@@ -1,5 +1,6 @@
 """What is tried next: the error table of `docs/errors.md`, and the order over candidates."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtasks import retry
-from llmtasks.retry import MAX_ATTEMPTS, TRIES_A_CANDIDATE, Try, choose
+from llmtasks.retry import MAX_ATTEMPTS, TRIES_A_CANDIDATE, Try
 from llmtasks.routing import Candidate
 from providers import errors
 
 ALL = list(retry.CLASSES.values())
+choose = partial(retry.choose, is_patient=True)
 
 
 def candidate(provider: str, model: str = "m", window: int | None = None) -> Candidate:
@@ -121,6 +123,12 @@ def test_a_rate_limit_is_no_failed_try():
     assert choose([A], limited) is not None
     failed = [tried(A, errors.Overloaded)] * MAX_ATTEMPTS
     assert choose([A], [*limited, *failed]) is None
+
+
+def test_where_somebody_waits_a_rate_limit_is_a_failed_try():
+    limited = [tried(A, errors.RateLimited)] * MAX_ATTEMPTS
+    assert retry.choose([A], limited[1:], is_patient=False) is not None
+    assert retry.choose([A], limited, is_patient=False) is None
 
 
 # --- waiting --------------------------------------------------------------------------------------
