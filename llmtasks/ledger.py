@@ -153,6 +153,7 @@ def begin(
         sql = BEGIN_NEW_WITH_KEY if task.key_row else BEGIN_NEW
         fetch(sql, values | new_task_values(task), prepare=True)
         task._state.adding = False
+        task.started_at = pulse.now()
     elif not fetch(BEGIN_AGAIN, values, prepare=True):
         raise Lost
     task.attempts += 1
