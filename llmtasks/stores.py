@@ -13,7 +13,7 @@ import orjson
 import psycopg
 import redis
 from django.conf import settings
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connection, connections
 
 # Longer than any statement_timeout: only a server that froze is cut off here.
 POSTGRES_WAIT_S = 35.0
@@ -56,11 +56,25 @@ def fetch(
     `prepare`: parse and plan it once per connection. For statements that find their rows by
     primary key, whose plan is right whatever the tables hold.
     """
-    with connection.wrap_database_errors:
-        connection.ensure_connection()
-        with psycopg.Cursor(connection.connection) as cursor:
-            cursor.execute(sql, params, prepare=prepare)
-            return cursor.fetchall() if cursor.description else []
+    django: Any = connections[DEFAULT_DB_ALIAS]
+    with django.wrap_database_errors:
+        if django.connection is not None or django.in_atomic_block:
+            django.ensure_connection()
+            return rows_of(django.connection, sql, params, prepare)
+        # Past Django, whose way of taking a connection costs more than the statement.
+        pool = django.pool
+        pool.open()
+        taken = pool.getconn()
+        try:
+            return rows_of(taken, sql, params, prepare)
+        finally:
+            pool.putconn(taken)
+
+
+def rows_of(taken: Any, sql: str, params: Any, prepare: bool) -> list[tuple[Any, ...]]:
+    with psycopg.Cursor(taken) as cursor:
+        cursor.execute(sql, params, prepare=prepare)
+        return cursor.fetchall() if cursor.description else []
 
 
 def release() -> None:
