@@ -10,6 +10,7 @@ from pathlib import Path
 
 import django
 import pytest
+from django.conf import settings
 
 HAS_SERVICES = bool(os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL"))
 NEED_SERVICES = {"integration", "acceptance", "chaos", "benchmarks"}
@@ -29,6 +30,8 @@ if HAS_SERVICES:
         os.environ["REDIS_URL"], os.environ.get("PYTEST_XDIST_WORKER", "")
     )
 django.setup()
+# What `collectstatic` fills; tests find static files where they are written.
+Path(settings.STATIC_ROOT).mkdir(exist_ok=True)
 
 
 def folder_of(item: pytest.Item) -> str:
