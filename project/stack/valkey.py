@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from project.stack.layout import Layout, write_private
 from project.stack.ports import free_port, is_free
 from project.stack.processes import SERVER, Child, before_exec_of_server, marked, tail
 
-FIRST_PORT = 16379
+# Each data folder draws a port of its own: of two that start together, or while one is down, none
+# takes the other's.
+PORTS = range(16379, 20379)
 READY_S = 60.0
 
 SETTINGS = {
@@ -57,7 +60,7 @@ def choose_port(layout: Layout) -> int:
         port = int(kept.read_text())
         if is_free(port):
             return port
-    port = free_port(FIRST_PORT)
+    port = free_port(secrets.choice(PORTS))
     kept.write_text(f"{port}\n")
     return port
 
