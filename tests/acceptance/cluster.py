@@ -38,7 +38,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "lt_acceptance00_only-for-tests-0123456789"
 NAMES = ("sandbox", "web", "dispatcher", *(f"worker-{lane}" for lane in LANES))
-FIRST_PORT = 21000
+FIRST_PORT = 24000
 READY_S = 60.0
 # Leases are short, so that what a dead process owned is taken up soon.
 SETTINGS = {
