@@ -75,7 +75,7 @@ class Checkout:
         self.environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in OURS and not name.startswith(("COV", "PYTEST"))
+            if name not in OURS and not name.startswith(("COV_CORE", "PYTEST"))
         }
         # The tests' own environment instead of one more that pip fills for a minute.
         self.environment |= {"VENV": sys.prefix, "PORT": str(free_ports())}
