@@ -147,7 +147,7 @@ class AttemptAdmin(FactsAdmin, BoundedAdmin):
 
     @admin.display(description="price")
     def price_link(self, row: Attempt) -> SafeString | str:
-        """An import may have dropped the price meanwhile: the cost stays what it was."""
+        """No constraint holds the reference: a row that is gone doesn't break the page."""
         price = Price.objects.filter(pk=row.price_id).first() if row.price_id else None
         return cells.NOTHING if price is None else cells.link("price", price.pk, str(price))
 

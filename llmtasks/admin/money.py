@@ -1,14 +1,20 @@
-"""Prices and corrections. The ledger itself is in `attempts`."""
+"""Prices and corrections, which are added and never edited. The ledger itself is in `attempts`."""
 
+from decimal import Decimal
 from typing import Any
+from urllib.parse import urlencode
 
 from django import forms
 from django.contrib import admin
+from django.contrib.admin.utils import flatten
 from django.core.exceptions import ValidationError
 from django.forms import ModelForm
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponseRedirect
+from django.shortcuts import get_object_or_404
+from django.urls import reverse
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
+from unfold.decorators import action
 
 from llmtasks.admin import cells
 from llmtasks.admin.lists import BoundedAdmin, TenantFilter, choice_filter
@@ -20,16 +26,50 @@ AMOUNTS = (
     ("output", "reasoning"),
     "per_request",
 )
+NAMES = (("family", "model"), ("effective_from", "from_input_tokens"))
+
+
+class PriceForm(ModelForm):  # type: ignore[type-arg]
+    """A new manual row. One of another moment is another set of tiers."""
+
+    class Meta:
+        model = Price
+        fields = tuple(flatten((*NAMES, *AMOUNTS)))
+        help_texts = {  # noqa: RUF012 - as Django has it
+            "effective_from": "UTC. A price dated now is in force at once.",
+            "from_input_tokens": "For prompts of at least so many tokens: 0 for all, or for the "
+            "first of several tiers.",
+        }
+
+    def clean(self) -> dict[str, Any]:
+        values = super().clean() or {}
+        if self.errors:
+            return values
+        tokens = values["from_input_tokens"]
+        same = {name: values[name] for name in ("family", "model", "effective_from")}
+        rows = Price.objects.filter(**same, source=Price.Source.MANUAL)
+        known = set(rows.values_list("from_input_tokens", flat=True))
+        if tokens in known:
+            message = "There is a price of that moment, and it stays. Give a later one."
+            self.add_error("effective_from", message)
+        elif tokens and 0 not in known:
+            message = "First add the price from 0 tokens, effective from the same moment."
+            self.add_error("from_input_tokens", message)
+        return values
 
 
 @admin.register(Price)
 class PriceAdmin(ModelAdmin):
+    """Added, never edited: an attempt refers to the very row that it was billed at."""
+
+    form = PriceForm
     list_display = (
         "model", "family", "source_label", "day", "tier", "per_input", "per_cached", "per_output",
     )  # fmt: skip
     list_filter = (choice_filter("source", Price.Source.choices),)
     search_fields = ("family", "model")
     search_help_text = "A family or a part of a model's name"
+    actions_detail = ("supersede",)
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
     sortable_by = ()
@@ -38,23 +78,36 @@ class PriceAdmin(ModelAdmin):
         (
             None,
             {
-                "description": "Dollars per million tokens. For a price that changes, add a row "
-                "from the day on that it holds: the ledger refers to the rows that it was "
-                "computed from.",
-                "fields": (("family", "model"), ("effective_from", "from_input_tokens")),
+                "description": "A price is added, never changed or deleted: the ledger refers to "
+                "the rows that it was computed from. To correct one, or for a price that "
+                "changes, add a row that is effective later; dated now it is in force at once. "
+                "The tiers of a model hold together: give each the same moment, some minutes "
+                "ahead, so that none holds before all are there.",
+                "fields": NAMES,
             },
         ),
         ("Per million tokens", {"fields": AMOUNTS}),
     )
 
     def has_change_permission(self, request: HttpRequest, obj: Price | None = None) -> bool:
-        """An imported row is the import's: the next one would undo an edit."""
-        is_ours = obj is None or obj.source == Price.Source.MANUAL
-        return is_ours and super().has_change_permission(request, obj)
+        return False
 
     def has_delete_permission(self, request: HttpRequest, obj: Price | None = None) -> bool:
-        """A price may be what an attempt refers to."""
         return False
+
+    def has_supersede_permission(self, request: HttpRequest, object_id: Any = None) -> bool:
+        """Whoever may add. Unfold's check would look for `llmtasks.add_price` in a database that
+        may have no tables yet, and `add` is not asked with a row's id, as Unfold does."""
+        may_add: bool = self.has_add_permission(request)
+        return may_add
+
+    @action(description="Supersede", icon="add", permissions=["supersede"])  # type: ignore[untyped-decorator]
+    def supersede(self, request: HttpRequest, object_id: int) -> HttpResponseRedirect:
+        """The form for another price, filled in with this one's, effective now."""
+        price = get_object_or_404(Price, pk=object_id)
+        kept = [name for name in PriceForm.base_fields if name != "effective_from"]
+        query = urlencode({name: plain(getattr(price, name)) for name in kept})
+        return HttpResponseRedirect(f"{reverse('admin:llmtasks_price_add')}?{query}")
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         return {"from_input_tokens": 0, **super().get_changeform_initial_data(request)}
@@ -65,7 +118,7 @@ class PriceAdmin(ModelAdmin):
 
     @admin.display(description="from")
     def day(self, row: Price) -> str:
-        return f"{row.effective_from:%Y-%m-%d}"
+        return f"{row.effective_from:%Y-%m-%d %H:%M}"
 
     @admin.display(description="for prompts")
     def tier(self, row: Price) -> str:
@@ -83,6 +136,11 @@ class PriceAdmin(ModelAdmin):
     @admin.display(description="output")
     def per_output(self, row: Price) -> str:
         return cells.dollars(row.output)
+
+
+def plain(value: Any) -> Any:
+    """A decimal as one types it, and not as 0E-8."""
+    return f"{value.normalize():f}" if isinstance(value, Decimal) else value
 
 
 class AdjustmentForm(ModelForm):  # type: ignore[type-arg]

@@ -9,10 +9,12 @@ from uuid import UUID
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
+from django.core import checks
 from django.urls import reverse
 from django.utils import timezone
 from uuid_utils.compat import uuid7
 
+from llmtasks import pricing
 from llmtasks.admin import attempts as attempts_admin
 from llmtasks.admin import cells, lists, steering
 from llmtasks.admin.bodies import MAX_TEXT
@@ -153,6 +155,12 @@ def test_every_list_and_page_opens(login, everything, model):
 @pytest.mark.parametrize("model", ["provider", "route", "price", "adjustment", "tenant", "apikey"])
 def test_every_form_opens(login, model):
     assert text(login("*").get(reverse(f"admin:llmtasks_{model}_add")))
+
+
+def test_checks_ask_the_database_nothing(django_assert_num_queries):
+    """They run before the first migration, too."""
+    with django_assert_num_queries(0):
+        checks.run_checks()
 
 
 def test_users_and_groups_open(login):
@@ -677,23 +685,79 @@ def price_values(**changes: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_manual_prices_are_edited_and_imported_ones_are_not(login):
+@pytest.mark.parametrize("source", Price.Source.values)
+def test_a_price_is_added_and_never_changed(login, source):
     client = login("*")
     add = reverse("admin:llmtasks_price_add")
+    assert "never changed or deleted" in text(client.get(add))
+    Price.objects.create(
+        family="v", model="m", source=source, effective_from="2026-01-01T00:00Z",
+        **dict.fromkeys(AMOUNTS, 1),
+    )  # fmt: skip
+    row = Price.objects.get()
+    assert 'name="_save"' not in text(client.get(page("price", row.pk)))
+    assert client.post(page("price", row.pk), price_values(input="2")).status_code == 403
+    delete = {"action": "delete_selected", "_selected_action": [row.pk], "post": "yes"}
+    client.post(changelist("price"), delete)
+    assert list(Price.objects.all()) == [row] and Price.objects.get().input == 1
+    later = price_values(input="2", effective_from_0="2026-01-02")
+    response = client.post(add, later)
+    assert response.status_code == 302, response.context["errors"]
+    new = Price.objects.get(input=2)
+    assert (new.source, new.cached_input) == (Price.Source.MANUAL, Decimal("1.5"))
+
+
+def test_a_price_is_superseded_from_now_on(login):
+    client = login("view_price", "add_price")
+    amounts = dict.fromkeys(AMOUNTS, Decimal("0.15"))
+    old = Price.objects.create(
+        family="v", model="m", effective_from=timezone.now() - timedelta(days=9), **amounts
+    )
+    link = reverse("admin:llmtasks_price_supersede", args=(old.pk,))
+    assert link in text(client.get(page("price", old.pk)))
+    response = client.get(link, follow=True)
+    form = response.context["adminform"].form
+    values = {bound.name: bound.value() for bound in form}
+    assert (values["model"], values["input"], values["per_request"]) == ("m", "0.15", "0")
+    assert 'value="0.15"' in text(response)
+    moment = values.pop("effective_from")
+    assert timezone.now() - moment < timedelta(minutes=1)
+    values |= {"effective_from_0": f"{moment:%Y-%m-%d}", "effective_from_1": f"{moment:%H:%M:%S}"}
+    response = client.post(reverse("admin:llmtasks_price_add"), {**values, "input": "0.2"})
+    assert response.status_code == 302, response.context["errors"]
+    now_in_force = pricing.price_for("v", "m", 5)
+    assert (now_in_force.input, now_in_force.output) == (Decimal("0.2"), Decimal("0.15"))
+
+
+def test_only_who_may_add_a_price_may_supersede_one(login, everything):
+    client = login("view_price")
+    link = reverse("admin:llmtasks_price_supersede", args=(everything["price"].pk,))
+    assert link not in text(client.get(page("price", everything["price"].pk)))
+    assert client.get(link).status_code == 403
+
+
+def test_a_prices_tiers_begin_together(login):
+    client, add = login("*"), reverse("admin:llmtasks_price_add")
+    tier = price_values(from_input_tokens="200000")
+    assert "First add the price from 0 tokens" in text(client.post(add, tier))
     assert client.post(add, price_values()).status_code == 302
-    manual = Price.objects.get()
-    assert (manual.source, manual.input) == (Price.Source.MANUAL, Decimal("1.5"))
-    assert client.post(page("price", manual.pk), price_values(input="2")).status_code == 302
-    manual.refresh_from_db()
-    assert manual.input == 2
-    Price.objects.update(source=Price.Source.IMPORTED)
-    assert client.post(page("price", manual.pk), price_values(input="3")).status_code == 403
-    assert Price.objects.filter(input=3).count() == 0
+    assert "There is a price of that moment" in text(client.post(add, price_values(input="2")))
+    assert client.post(add, tier).status_code == 302
+    assert list(Price.objects.values_list("from_input_tokens", flat=True)) == [0, 200_000]
 
 
-def test_a_negative_price_is_refused(login):
-    response = login("*").post(reverse("admin:llmtasks_price_add"), price_values(input="-1"))
-    assert "greater than or equal to 0" in text(response)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": "-1"}, "greater than or equal to 0"),
+        ({"effective_from_0": "soon"}, "Enter a valid date"),
+        ({"model": ""}, "required"),
+    ],
+)
+def test_a_wrong_price_is_refused(login, change, message):
+    response = login("*").post(reverse("admin:llmtasks_price_add"), price_values(**change))
+    assert message in text(response)
+    assert not Price.objects.exists()
 
 
 # --- tenants and keys ---------------------------------------------------------------------------
