@@ -1,8 +1,10 @@
 """What a call costs: exact decimals from a vendor's usage and the price table.
 
-A price is found by the exact family and model. Of the rows in force for a prompt of that size
-the latest day holds, on one day a manual row before an imported one, and among those the row
-with the largest `from_input_tokens`. No row means `unpriced`, which is not the same as 0.
+A price is found by the exact family and model. Its rows of one moment are one set, of one row for
+each tier. Of the sets that have begun one holds, whole: the one of the latest day, on one day a
+manual one before an imported one, among those the latest. In it the row with the largest
+`from_input_tokens` that the prompt reaches is used. A tier that the set lacks is never looked for
+in an older one. No row means `unpriced`, which is not the same as 0.
 
 Prices are a vendor's standard ones: a service tier (batch, flex, priority) that was asked for
 through `service_tier` is not told apart.
@@ -69,8 +71,13 @@ class Rates:
     per_request: Decimal
 
     @property
+    def tier_set(self) -> tuple[datetime, bool]:
+        """What the rows of a model that hold together have in common."""
+        return self.effective_from, self.is_manual
+
+    @property
     def rank(self) -> tuple[date, bool, datetime, int]:
-        """Of the rows that hold for a call, the one of the highest rank is used."""
+        """By the sets' precedence, and in a set by tier."""
         day = self.effective_from.astimezone(UTC).date()
         return day, self.is_manual, self.effective_from, self.from_input_tokens
 
@@ -145,8 +152,10 @@ def read(version: int) -> Prices:
 def price_for(family: str, model: str, total_input_tokens: int) -> Rates | None:
     """The price in force now for a prompt of that size."""
     now = pulse.now()
-    for rates in prices().of_model.get((family, model), ()):
-        if rates.effective_from <= now and rates.from_input_tokens <= total_input_tokens:
+    rows = prices().of_model.get((family, model), ())
+    begun = [rates for rates in rows if rates.effective_from <= now]
+    for rates in begun:
+        if rates.tier_set == begun[0].tier_set and rates.from_input_tokens <= total_input_tokens:
             return rates
     return None
 

@@ -21,9 +21,9 @@ class CostState(models.TextChoices):
 
 
 class Price(models.Model):
-    """Dollars per million tokens of each kind, from a day on. For prompts of at least
-    `from_input_tokens` tokens (tiers). Imported rows are replaced by imports, manual ones never;
-    of two rows for the same day the manual one holds."""
+    """Dollars per million tokens of each kind, from a moment on. For prompts of at least
+    `from_input_tokens` tokens (tiers). A row is never changed or deleted (by a trigger): the
+    attempts that were billed at it refer to it. `pricing` says which row holds."""
 
     class Source(models.TextChoices):
         IMPORTED = "imported", "genai-prices"
@@ -71,7 +71,7 @@ class Price(models.Model):
         )
 
     def __str__(self) -> str:
-        return f"{self.family}/{self.model} from {self.effective_from:%Y-%m-%d}"
+        return f"{self.family}/{self.model} from {self.effective_from:%Y-%m-%d %H:%M}"
 
 
 class Attempt(models.Model):

@@ -204,10 +204,12 @@ def test_seeding_again_changes_nothing(seed_demo):
 
 def test_seeding_again_keeps_what_somebody_changed(seed_demo):
     seed_demo()
-    Price.objects.filter(family=seed.FAMILY, model="echo").update(input=7)
+    later = {**seed.CHAT_PRICE, "input": 7}
+    Price.objects.create(family=seed.FAMILY, model="echo", **later)
     RouteCandidate.objects.filter(route__name="smart", model__name="echo").update(position=5)
     seed_demo()
-    assert Price.objects.get(family=seed.FAMILY, model="echo").input == 7
+    rows = Price.objects.filter(family=seed.FAMILY, model="echo").order_by("effective_from")
+    assert [row.input for row in rows] == [1, 7]
     assert candidates("smart") == ["sandbox-anthropic/claude-echo", "sandbox/echo"]
 
 

@@ -7,7 +7,9 @@ from io import StringIO
 
 import pytest
 from django.core.management import call_command
-from django.db import connection
+from django.db import IntegrityError, connection
+from django.db.transaction import atomic
+from django.utils import timezone
 
 from llmtasks import pricing, pulse
 from llmtasks.management.commands import import_prices
@@ -40,7 +42,7 @@ def fresh(monkeypatch):
 
 
 def test_an_import_happens_once():
-    assert "0 removed" in run()
+    assert ", 0 changed" in run()
     rows, before = Price.objects.count(), version()
     assert rows > 3000
     assert "0 new, 0 changed" in run()
@@ -52,18 +54,32 @@ def test_what_is_left_out_is_counted_and_named_when_asked_for():
     assert "  deepseek/deepseek-chat\n" in run("--left-out")
 
 
-def test_an_import_makes_the_rows_what_the_package_says():
+def test_what_changed_is_added_effective_now(fresh):
     import_prices.store({("v", "a", ALWAYS, 0): FLAT, ("v", "b", ALWAYS, 0): FLAT})
-    before = version()
-    changes = import_prices.store(
-        {("v", "a", ALWAYS, 0): DEAR, ("v", "a", LATER, 0): FLAT, ("v", "b", ALWAYS, 0): FLAT}
-    )
-    assert changes == import_prices.Changes(added=1, changed=1, removed=0, kept=1)
+    old, before = list(Price.objects.values()), version()
+    start = timezone.now()
+    rows = {("v", "a", ALWAYS, 0): DEAR, ("v", "b", ALWAYS, 0): FLAT, ("v", "c", LATER, 0): FLAT}
+    changes = import_prices.store(rows)
+    assert (len(changes.added), len(changes.changed)) == (1, 1)
     assert version() > before
-    assert Price.objects.get(model="a", effective_from=ALWAYS).input == Decimal(2)
+    assert [row for row in Price.objects.values() if row in old] == old
+    new = Price.objects.get(input=2)
+    assert start <= new.effective_from <= timezone.now()
+    assert pricing.price_for("v", "a", 0).id == new.pk
+    count, before = Price.objects.count(), version()
+    changes = import_prices.store(rows)
+    assert (changes.added, changes.changed, Price.objects.count()) == ({}, {}, count)
+    assert version() == before
 
 
-def test_a_tier_that_was_dropped_goes_and_a_model_that_was_dropped_stays():
+def test_the_amounts_of_a_month_ago_can_come_back(fresh):
+    for columns in (FLAT, DEAR, FLAT, DEAR):
+        import_prices.store({("v", "a", ALWAYS, 0): columns})
+        assert pricing.price_for("v", "a", 0).input == columns[0]
+    assert Price.objects.count() == 4
+
+
+def test_a_tier_that_was_dropped_holds_no_more_and_a_model_that_was_dropped_does(fresh):
     import_prices.store(
         {
             ("v", "a", ALWAYS, 0): FLAT,
@@ -71,9 +87,40 @@ def test_a_tier_that_was_dropped_goes_and_a_model_that_was_dropped_stays():
             ("v", "gone", ALWAYS, 0): FLAT,
         }
     )
+    assert pricing.price_for("v", "a", 1000).input == 2
     changes = import_prices.store({("v", "a", ALWAYS, 0): FLAT})
-    assert changes.removed == 1
-    assert set(Price.objects.values_list("model", "from_input_tokens")) == {("a", 0), ("gone", 0)}
+    assert changes.dropped == ["v/gone"]
+    assert Price.objects.count() == 4
+    assert pricing.price_for("v", "a", 1000).input == 1
+    assert pricing.price_for("v", "gone", 0).input == 1
+
+
+def test_a_correction_leaves_a_manual_price_in_force(fresh):
+    import_prices.store({("v", "a", ALWAYS, 0): FLAT})
+    manual = import_prices.price_row(("v", "a", LATER, 0), FLAT)
+    manual.source = Price.Source.MANUAL
+    manual.save()
+    assert import_prices.store({("v", "a", ALWAYS, 0): DEAR}).held == ["v/a"]
+    assert pricing.price_for("v", "a", 0).id == manual.pk
+
+
+def test_what_was_kept_is_named_when_asked_for(monkeypatch):
+    import_prices.store({("v", "gone", ALWAYS, 0): FLAT})
+    monkeypatch.setattr(import_prices, "bundled", import_prices.Bundle)
+    assert "kept, no longer in the package: 1\n  v/gone\n" in run("--left-out")
+    assert "v/gone" not in run()
+
+
+@pytest.mark.parametrize("source", Price.Source.values)
+def test_the_database_keeps_every_price(source):
+    row = import_prices.price_row(("v", "a", ALWAYS, 0), FLAT)
+    row.source = source
+    row.save()
+    row.input = Decimal(9)
+    for change in (row.save, row.delete, lambda: Price.objects.update(input=9)):
+        with pytest.raises(IntegrityError, match="can't be changed or deleted"), atomic():
+            change()
+    assert Price.objects.get().input == 1
 
 
 def test_an_import_never_touches_manual_rows():
@@ -100,16 +147,14 @@ def test_the_table_prices_a_call(fresh):
     assert dear.price_id in rows.values_list("pk", flat=True)
 
 
-def test_an_edit_is_in_force_with_the_next_version(fresh):
-    row = import_prices.price_row(("v", "a", ALWAYS, 0), FLAT)
-    row.source = Price.Source.MANUAL
-    row.save()
+def test_a_row_is_in_force_with_the_next_version(fresh):
     usage = Usage(input_tokens=1_000_000)
-    assert pricing.cost_of(usage, "v", "a").amount == 1
-    row.input = Decimal("1.5")
-    row.save()
-    assert pricing.cost_of(usage, "v", "a").amount == Decimal("1.5")
-    assert pricing.cost_of(usage, "v", "b") == pricing.UNPRICED
+    assert pricing.cost_of(usage, "v", "a") == pricing.UNPRICED
+    for moment, columns in ((ALWAYS, FLAT), (LATER, DEAR)):
+        row = import_prices.price_row(("v", "a", moment, 0), columns)
+        row.source = Price.Source.MANUAL
+        row.save()
+        assert pricing.cost_of(usage, "v", "a").amount == columns[0]
 
 
 def test_the_table_is_read_in_one_statement(fresh, django_assert_num_queries):

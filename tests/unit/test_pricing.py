@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from llmtasks import pricing, pulse
 from llmtasks.management.commands.import_prices import (
+    ALWAYS,
     AMOUNT_FIELDS,
+    Rows,
     bundled,
+    compare,
 )
 from llmtasks.management.commands.import_prices import (
     amounts as amounts_of,
@@ -196,6 +199,36 @@ def test_usage_that_no_ledger_can_hold_has_no_cost(table):
     assert cost == pricing.Cost(None, CostState.UNPRICED, 7)
 
 
+def test_a_set_of_tiers_holds_whole(table):
+    """Never a tier of one moment beside a tier of another."""
+    tiered = (rates(1), rates(2, from_input_tokens=200_000))
+    table(*tiered, rates(3, effective_from=NOW - DAY))
+    assert pricing.price_for("v", "m", 500_000).id == 3
+    later = NOW - timedelta(minutes=5)
+    table(
+        *tiered,
+        rates(3, effective_from=later, from_input_tokens=100),
+        rates(4, effective_from=later),
+    )
+    assert [pricing.price_for("v", "m", n).id for n in (0, 99, 100, 200_000)] == [4, 4, 3, 3]
+
+
+def test_a_tier_that_the_set_lacks_is_unpriced(table):
+    table(rates(1), rates(2, effective_from=NOW - DAY, from_input_tokens=100))
+    assert pricing.price_for("v", "m", 99) is None
+    assert pricing.price_for("v", "m", 100).id == 2
+
+
+def test_the_later_set_of_a_day_holds(table):
+    table(
+        rates(1, effective_from=NOW - timedelta(minutes=2)),
+        rates(2, effective_from=NOW - timedelta(minutes=2), from_input_tokens=5),
+        rates(3, effective_from=NOW - timedelta(minutes=1)),
+        rates(4, effective_from=NOW + timedelta(minutes=1)),
+    )
+    assert pricing.price_for("v", "m", 10).id == 3
+
+
 # --- the snapshot -----------------------------------------------------------------------------
 
 
@@ -365,3 +398,89 @@ def test_what_is_left_out_is_told():
     assert "deepseek/deepseek-chat" in left_out["price by the hour"]
     assert "openai/whisper-1" in left_out["no price per token"]
     assert "openai/ft:gpt-4o" in left_out["no vendor's name"]
+
+
+# --- one data set after another ---------------------------------------------------------------
+
+TOKENS = (0, 1000, 200_000)
+START = NOW.replace(hour=0)
+DATES = (ALWAYS, START - 300 * DAY, START, START + DAY, START + 2 * DAY)
+tiers = st.dictionaries(st.sampled_from(TOKENS), st.integers(1, 3)).map(lambda more: {0: 1} | more)
+# What a package may say of one model: at each of some dates a set of tiers; or nothing of it.
+data_sets = st.dictionaries(st.sampled_from(DATES), tiers)
+
+
+def as_rows(sets: dict[datetime, dict[int, int]]) -> Rows:
+    return {
+        ("v", "m", moment, tokens): (Decimal(amount),) * len(AMOUNT_FIELDS)
+        for moment, of_moment in sets.items()
+        for tokens, amount in of_moment.items()
+    }
+
+
+def told(sets: dict[datetime, dict[int, int]], moment: datetime, tokens: int) -> Decimal | None:
+    """The price as the package means it."""
+    begun = [date for date in sets if date <= moment]
+    if not begun:
+        return None
+    of_moment = sets[max(begun)]
+    return Decimal(of_moment[max(start for start in of_moment if start <= tokens)])
+
+
+def ours(stored: Rows, moment: datetime, tokens: int) -> Decimal | None:
+    made = [Rates(0, since, start, False, *of) for (_, _, since, start), of in stored.items()]
+    ordered = tuple(sorted(made, key=lambda row: row.rank, reverse=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pulse, "config_version", lambda: 1)
+        patch.setattr(pulse, "now", lambda: moment)
+        patch.setattr(pricing, "_prices", Prices(1, {("v", "m"): ordered}))
+        found = pricing.price_for("v", "m", tokens)
+    return found and found.input
+
+
+@given(st.lists(st.tuples(data_sets, st.sampled_from((0, 1, 3600, 86_400))), max_size=5))
+def test_imports_one_after_another_give_the_last_ones_prices(imports):
+    """From each import on, and without a change to any row."""
+    stored: Rows = {}
+    now = NOW
+    for sets, seconds in imports:
+        now += timedelta(seconds=seconds)
+        wanted = as_rows(sets)
+        before = {
+            (moment, tokens): ours(stored, moment, tokens)
+            for moment in (now, now + DAY, now + 3 * DAY)
+            for tokens in TOKENS
+        }
+        changes = compare(stored, wanted, {}, now)
+        added = {**changes.added, **changes.changed}
+        assert not added.keys() & stored.keys()
+        assert all(moment >= now for _, _, moment, _ in changes.changed)
+        stored |= added
+        again = compare(stored, wanted, {}, now + timedelta(seconds=1))
+        assert not again.added and not again.changed
+        for (moment, tokens), last in before.items():
+            # A correction made at once is in force a microsecond after what it corrects.
+            at = moment + timedelta(milliseconds=1)
+            expected = told(sets, at, tokens)
+            # What the package says nothing of keeps its last price.
+            assert ours(stored, at, tokens) == (last if expected is None else expected)
+
+
+ONE, TWO = as_rows({ALWAYS: {0: 1}}), as_rows({ALWAYS: {0: 2}})
+
+
+def test_a_correction_takes_no_price_away_from_who_set_it():
+    manual = {("v", "m"): NOW - DAY}
+    changes = compare(ONE, TWO, manual, NOW)
+    assert (changes.changed, changes.held) == ({}, ["v/m"])
+    assert compare(ONE, ONE, manual, NOW).held == []
+    dated = ONE | as_rows({START: {0: 1}})
+    changes = compare(dated, TWO, manual, NOW)
+    assert len(changes.changed) == 1, "no manual price is in force: a later day's import is"
+    assert changes.held == []
+
+
+def test_a_price_to_come_is_corrected_on_its_day():
+    day = START + 2 * DAY
+    changes = compare(as_rows({ALWAYS: {0: 1}, day: {0: 2}}), ONE, {("v", "m"): NOW}, NOW)
+    assert list(changes.changed) == [("v", "m", day + timedelta(microseconds=1), 0)]

@@ -14,19 +14,29 @@ vendor bills it as:
     reasoning          the output price
 
 Audio, images, searches, prices by the hour of the day and variants for service tiers are left
-out. Amounts are rounded to the table's eight places. Manual rows are never touched.
+out. Amounts are rounded to the table's eight places.
+
+Rows are only ever added. A date of a model that the table doesn't have is added as it is. Where
+from now on another set of tiers would hold than the package says (amounts or tiers changed, a
+price to come was called off), the package's whole set is added, effective now, or on the day to
+come right after the set that it supersedes. What was in force in the past stays as it was:
+attempts were billed at it. The rows of a model that the package dropped hold on. Where a manual
+price is in force, no set is added that would be effective now: a correction in the package takes
+no price away from the people who set it.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 import genai_prices
 from django.core.management.base import BaseCommand, CommandParser
-from django.db import transaction
+from django.db import connection, transaction
+from django.db.models import Max
+from django.utils import timezone
 from genai_prices import data
 from genai_prices.types import (
     ClauseEquals,
@@ -44,6 +54,10 @@ from llmtasks.models import Price
 ALWAYS = datetime(2020, 1, 1, tzinfo=UTC)
 PLACES = Decimal("1e-8")
 BATCH = 1000
+# Two imports take turns, by a lock of this number that ends with the transaction.
+LOCK = 0x70726963
+# The step of Postgres's time: what is effective this much later is in force instead.
+NEXT = timedelta(microseconds=1)
 
 KEY_FIELDS = ("family", "model", "effective_from", "from_input_tokens")
 AMOUNT_FIELDS = (
@@ -58,24 +72,29 @@ AMOUNT_FIELDS = (
 
 Key = tuple[str, str, datetime, int]
 Amounts = tuple[Decimal, ...]
+Rows = dict[Key, Amounts]
+Name = tuple[str, str]
+# The rows of one moment, which hold together: amounts by `from_input_tokens`.
+Tiers = dict[int, Amounts]
+Timeline = dict[datetime, Tiers]
 
 
 @dataclass
 class Bundle:
     """What the package has for us: the rows, and by reason the names of what was left out."""
 
-    rows: dict[Key, Amounts] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Changes:
-    """What an import did to the table."""
+    """What an import adds to the table, and the names of models where it does not."""
 
-    added: int
-    changed: int
-    removed: int
-    kept: int
+    added: Rows = field(default_factory=dict)  # dates that the table did not have
+    changed: Rows = field(default_factory=dict)  # sets that supersede stored ones
+    dropped: list[str] = field(default_factory=list)  # the package has them no more
+    held: list[str] = field(default_factory=list)  # a manual price is in force
 
 
 def bundled() -> Bundle:
@@ -175,41 +194,102 @@ def price_at(value: Decimal | TieredPrices | None, tokens: int) -> Decimal | Non
 
 
 @transaction.atomic
-def store(rows: dict[Key, Amounts]) -> Changes:
-    """Make the imported rows those of `rows`. Nothing is written where nothing differs, so that
-    the configuration's version stays.
-
-    The rows of a model that the package no longer has stay as its last known prices; a date or
-    tier that it dropped from a model must go, or it would still be used.
-    """
-    known = imported()
-    changed = [key for key in rows.keys() & known.keys() if known[key][1] != rows[key]]
-    added = list(rows.keys() - known.keys())
-    names = {key[:2] for key in rows}
-    removed = [known[key][0] for key in known.keys() - rows.keys() if key[:2] in names]
-    if removed:
-        Price.objects.filter(id__in=removed).delete()
-    if added or changed:
+def store(rows: Rows, now: datetime | None = None) -> Changes:
+    """Add what makes the imported prices those of `rows` from now on. Nothing is written where
+    nothing differs, so that the configuration's version stays."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+    now = now or timezone.now()
+    changes = compare(imported(), rows, manual_since(now), now)
+    missing = {**changes.added, **changes.changed}
+    if missing:
         Price.objects.bulk_create(
-            [price_row(key, rows[key]) for key in sorted(added + changed)],
-            batch_size=BATCH,
-            update_conflicts=True,
-            unique_fields=[*KEY_FIELDS, "source"],
-            update_fields=AMOUNT_FIELDS,
+            [price_row(key, missing[key]) for key in sorted(missing)], batch_size=BATCH
         )
-    kept = len(rows) - len(added) - len(changed)
-    return Changes(len(added), len(changed), len(removed), kept)
+    return changes
 
 
-def imported() -> dict[Key, tuple[int, Amounts]]:
-    """The imported rows that there are: their ids and amounts."""
+def imported() -> Rows:
+    """The imported rows that there are."""
     rows = Price.objects.filter(source=Price.Source.IMPORTED).order_by()
-    known: dict[Key, tuple[int, Amounts]] = {}
-    for family, model, since, tokens, row_id, *columns in rows.values_list(
-        *KEY_FIELDS, "id", *AMOUNT_FIELDS
-    ):
-        known[family, model, since, tokens] = (row_id, tuple(columns))
-    return known
+    return {
+        (family, model, since, tokens): tuple(columns)
+        for family, model, since, tokens, *columns in rows.values_list(*KEY_FIELDS, *AMOUNT_FIELDS)
+    }
+
+
+def manual_since(now: datetime) -> dict[Name, datetime]:
+    """By model, since when its latest manual price that has begun is effective."""
+    rows = Price.objects.filter(source=Price.Source.MANUAL, effective_from__lte=now).order_by()
+    latest = rows.values("family", "model").annotate(since=Max("effective_from"))
+    return {
+        (family, model): since
+        for family, model, since in latest.values_list("family", "model", "since")
+    }
+
+
+def compare(stored: Rows, wanted: Rows, manual: dict[Name, datetime], now: datetime) -> Changes:
+    """What to add to the stored rows. `manual` is since when manual prices are in force."""
+    changes = Changes()
+    known_of, wanted_of = timelines(stored), timelines(wanted)
+    changes.dropped.extend("/".join(name) for name in sorted(known_of.keys() - wanted_of.keys()))
+    for name, sets in wanted_of.items():
+        known = known_of.get(name, {})
+        new = {moment: tiers for moment, tiers in sets.items() if moment not in known}
+        superseding = corrections({**known, **new}, sets, now)
+        today = [moment for moment in superseding if day_of(moment) == day_of(now)]
+        if today and is_in_force(manual.get(name), sets={**known, **new}, now=now):
+            changes.held.append("/".join(name))
+            del superseding[today[0]]
+        changes.added.update(keyed(name, new))
+        changes.changed.update(keyed(name, superseding))
+    return changes
+
+
+def timelines(rows: Rows) -> dict[Name, Timeline]:
+    found: dict[Name, Timeline] = defaultdict(dict)
+    for (family, model, moment, tokens), columns in rows.items():
+        found[family, model].setdefault(moment, {})[tokens] = columns
+    return found
+
+
+def keyed(name: Name, sets: Timeline) -> Rows:
+    return {
+        (*name, moment, tokens): columns
+        for moment, tiers in sets.items()
+        for tokens, columns in tiers.items()
+    }
+
+
+def corrections(known: Timeline, wanted: Timeline, now: datetime) -> Timeline:
+    """The sets that make `known`, which has every moment of `wanted`, hold on each day from now on
+    what `wanted` says. None for a day before the first of `wanted`."""
+    made: Timeline = {}
+    today = day_of(now)
+    for day in sorted({today, *(day_of(moment) for moment in known if day_of(moment) > today)}):
+        first, last = latest(wanted, day), latest({**known, **made}, day)
+        if first is None or last is None:
+            continue
+        if {**known, **made}[last] != wanted[first]:
+            start = now if day == today else datetime.combine(day, time(), UTC)
+            made[max(start, last + NEXT)] = wanted[first]
+    return made
+
+
+def latest(sets: Timeline, day: date) -> datetime | None:
+    """The moment of the set that holds at the end of that day."""
+    return max((moment for moment in sets if day_of(moment) <= day), default=None)
+
+
+def is_in_force(manual: datetime | None, sets: Timeline, now: datetime) -> bool:
+    """Whether the manual price of that moment holds before the sets. See `pricing`."""
+    return manual is not None and not any(
+        day_of(manual) < day_of(moment) <= day_of(now) for moment in sets
+    )
+
+
+def day_of(moment: datetime) -> date:
+    return moment.astimezone(UTC).date()
 
 
 def price_row(key: Key, columns: Amounts) -> Price:
@@ -221,23 +301,27 @@ def price_row(key: Key, columns: Amounts) -> Price:
 
 
 class Command(BaseCommand):
-    help = "Import the prices bundled with genai-prices (offline); idempotent."
+    help = "Import the prices bundled with genai-prices (offline); adds rows only; idempotent."
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument(
-            "--left-out", action="store_true", help="name every model that was left out, and why"
+            "--left-out",
+            action="store_true",
+            help="name every model that was left out or kept as it was, and why",
         )
 
     def handle(self, *args: Any, left_out: bool, **options: Any) -> None:
         bundle = bundled()
         changes = store(bundle.rows)
         self.stdout.write(
-            f"genai-prices {genai_prices.__version__}: {len(bundle.rows)} rows, of which "
-            f"{changes.added} new, {changes.changed} changed, {changes.kept} as they were; "
-            f"{changes.removed} removed"
+            f"genai-prices {genai_prices.__version__}: {len(bundle.rows)} rows; "
+            f"{len(changes.added)} new, {len(changes.changed)} changed"
         )
-        for reason, names in sorted(bundle.left_out.items()):
+        reasons = {f"left out, {reason}": names for reason, names in bundle.left_out.items()}
+        reasons["kept, no longer in the package"] = changes.dropped
+        reasons["kept, a manual price is in force"] = changes.held
+        for reason, names in sorted(reasons.items()):
             distinct = sorted(set(names))
-            self.stdout.write(f"left out, {reason}: {len(distinct)}")
+            self.stdout.write(f"{reason}: {len(distinct)}")
             for name in distinct if left_out else ():
                 self.stdout.write(f"  {name}")

@@ -2,7 +2,7 @@
 
 A tenant with a key, an administrator, the sandbox's two accounts (one for each wire format), a
 route for each thing that the sandbox can do, its prices and those of genai-prices. What is there
-already stays; prices that somebody changed do too.
+already stays; so do later prices that somebody added.
 
 One route, `unpriced`, has no price, so that the state can be seen.
 """
@@ -194,4 +194,5 @@ def price(models: list[str], amounts: dict[str, Decimal]) -> None:
 def seed_prices() -> dict[str, Any]:
     rows = import_prices.bundled().rows
     changes = import_prices.store(rows)
-    return {"prices": {"imported": len(rows), "new": changes.added, "changed": changes.changed}}
+    counts = {"new": len(changes.added), "changed": len(changes.changed)}
+    return {"prices": {"imported": len(rows), **counts}}
