@@ -1,6 +1,7 @@
 """Which TCP ports are free on loopback."""
 
 import errno
+import secrets
 import socket
 
 from project.stack.errors import StackError
@@ -22,9 +23,14 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_port(first: int, attempts: int = 1000) -> int:
-    """The first free port from `first` on: below those that the kernel lends for outgoing
-    connections, so that it is still free the next day."""
-    for port in range(first, first + attempts):
+    """A free port of those from `first` on, which should lie below those that the kernel lends
+    for outgoing connections, so that it is still free the next day.
+
+    Begins anywhere among them: two that look at the same time rarely find the same.
+    """
+    begin = secrets.randbelow(attempts)
+    for offset in range(attempts):
+        port = first + (begin + offset) % attempts
         if is_free(port):
             return port
     raise StackError(f"no free port between {first} and {first + attempts}")

@@ -25,7 +25,7 @@ import redis
 from project.stack import demo, processes
 from project.stack.demo import Demo
 from project.stack.layout import ROOT
-from project.stack.ports import is_free
+from project.stack.ports import free_port, is_free
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -56,13 +56,11 @@ def checkout() -> Path:
 
 
 def free_ports() -> int:
-    """The first of three free ports in a row, apart for each test process."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    first = 21000 + 500 * int(worker)
-    for port in range(first, first + 500, 3):
-        if all(is_free(port + offset) for offset in range(3)):
+    """The first of three free ports in a row."""
+    while True:
+        port = free_port(21000, 2000)
+        if is_free(port + 1) and is_free(port + 2):
             return port
-    raise AssertionError("no free ports")
 
 
 def measured(config: str, folder: Path) -> str:
