@@ -1,6 +1,8 @@
-"""The tables: who asks (tenancy), what is configured (config), work, money."""
+"""The tables: who asks (tenancy), what is configured (config), what may be used (limits), work,
+money."""
 
 from llmtasks.models.config import Config, Provider, ProviderModel, Route, RouteCandidate
+from llmtasks.models.limits import WINDOWS, Limit, ProviderEvent
 from llmtasks.models.money import Adjustment, Attempt, CostState, Price
 from llmtasks.models.tenancy import ApiKey, Scope, Tenant
 from llmtasks.models.work import (
@@ -18,6 +20,7 @@ from llmtasks.models.work import (
 
 __all__ = [
     "FINAL",
+    "WINDOWS",
     "Adjustment",
     "ApiKey",
     "Attempt",
@@ -26,10 +29,12 @@ __all__ = [
     "IdempotencyKey",
     "Kind",
     "Lane",
+    "Limit",
     "Mode",
     "OnUnknown",
     "Price",
     "Provider",
+    "ProviderEvent",
     "ProviderModel",
     "Route",
     "RouteCandidate",

@@ -48,6 +48,9 @@ class Provider(models.Model):
     connect_timeout_s = models.FloatField(default=5.0, validators=[MinValueValidator(0.1)])
     read_timeout_s = models.FloatField(default=120.0, validators=[MinValueValidator(0.1)])
     total_timeout_s = models.FloatField(default=600.0, validators=[MinValueValidator(0.1)])
+    # Set when the vendor refused the credential: nothing is sent until a person says so.
+    refused_at = models.DateTimeField(null=True, blank=True, editable=False)
+    refused_reason = models.TextField(blank=True, editable=False)
 
     class Meta:
         ordering = ("name",)
@@ -74,6 +77,11 @@ class ProviderModel(models.Model):
         null=True, blank=True, help_text="Tokens; decides where a prompt goes that is too long."
     )
     max_output_tokens = models.PositiveIntegerField(null=True, blank=True)
+    # Set when the vendor refused this model alone to the account.
+    refused_at = models.DateTimeField(null=True, blank=True, editable=False)
+    refused_reason = models.TextField(blank=True, editable=False)
+    # Unit → amount per minute, as the vendor's answers told last.
+    vendor_limits = models.JSONField(default=dict, blank=True, editable=False)
 
     class Meta:
         ordering = ("provider__name", "name")
@@ -95,12 +103,37 @@ class Route(models.Model):
     name = models.CharField(max_length=100, unique=True)
     kind = models.CharField(max_length=16, choices=Kind, default=Kind.CHAT)
     is_active = models.BooleanField(default=True)
+    fallback = models.ForeignKey(
+        "self",
+        models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="+",
+        help_text="Its candidates come after this route's own.",
+    )
+    hedges = models.BooleanField(
+        default=False,
+        help_text="On: where no answer came in the time of 95 % of the calls, a second candidate is"
+        " called beside the first. The faster answers; both are billed.",
+    )
 
     class Meta:
         ordering = ("name",)
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        seen, route = {self.pk}, self.fallback
+        while route is not None:
+            if route.kind != self.kind:
+                raise ValidationError(
+                    {"fallback": f"{route.name!r} is for {route.kind}, not for {self.kind}."}
+                )
+            if route.pk in seen:
+                raise ValidationError({"fallback": f"{route.name!r} leads back to this route."})
+            seen.add(route.pk)
+            route = route.fallback
 
 
 class RouteCandidate(models.Model):

@@ -6,6 +6,7 @@ import secrets
 from datetime import datetime
 
 from django.contrib.postgres.fields import ArrayField
+from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.utils import timezone
 from uuid_utils.compat import uuid7
@@ -28,6 +29,11 @@ class Tenant(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     name = models.SlugField(max_length=64, unique=True)
     is_active = models.BooleanField(default=True, help_text="Off: its keys are refused.")
+    weight = models.PositiveSmallIntegerField(
+        default=1,
+        validators=[MinValueValidator(1), MaxValueValidator(1000)],
+        help_text="Its share of turns while others wait too: 2 gets twice as many as 1.",
+    )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     class Meta:
