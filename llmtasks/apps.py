@@ -6,5 +6,5 @@ class LLMTasksConfig(AppConfig):
     verbose_name = "LLM tasks"
 
     def ready(self) -> None:
-        # Registers the system checks.
-        from llmtasks import checks  # noqa: F401
+        # Registers the system checks; refuses an unknown crash point at the start.
+        from llmtasks import checks, crash  # noqa: F401

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from django.db import DataError, OperationalError
 
-from llmtasks import bodies, ledger, pricing, pulse, routing, stores
+from llmtasks import bodies, crash, ledger, pricing, pulse, routing, stores
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event
 from llmtasks.errors import Cancelled, ClientLeft, InternalError, Lost
@@ -84,6 +84,7 @@ def begin(candidate: Candidate, request: AnyRequest, context: Context, number: i
         cost_state=estimate.state,
         price_id=estimate.price_id,
     )
+    crash.point("attempt.begun")
     stores.release()
     exchange = Exchange(
         deadline=context.deadline,
@@ -210,8 +211,10 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
     a warning, and its settlement goes on by itself.
     """
     context = attempt.context
+    crash.point("attempt.answered")
     try:
         finish(attempt, settled, end)
+        crash.point("attempt.finished")
     except OperationalError:
         log.warning("a settlement waits for Postgres", extra={"task": context.task.id})
         if context.task.mode == Mode.INLINE:

@@ -21,7 +21,7 @@ from django.conf import settings
 from django.db import OperationalError
 from kombu.exceptions import OperationalError as BrokerError
 
-from llmtasks import events, pulse, queues, routing, stores
+from llmtasks import crash, events, pulse, queues, routing, stores
 from llmtasks.models import Status
 from llmtasks.stores import fetch, redis_client
 
@@ -142,11 +142,13 @@ def release(turns: Turns) -> tuple[int, bool]:
     hints = pick(rooms, turns) if rooms else []
     if not hints:
         return 0, is_full
+    crash.point("dispatch.queued")
     try:
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
     except (BrokerError, OSError, redis.RedisError):
         fetch(PUT_BACK, {"ids": [h.task_id for h in hints]})
         raise
+    crash.point("dispatch.published")
     for hint in hints:
         events.publish(hint.task_id, "state", {"status": Status.QUEUED})
     return len(hints), True

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from django.db import IntegrityError, OperationalError
 
-from llmtasks import attempts, bodies, call, events, ledger, pulse, queues, stores
+from llmtasks import attempts, bodies, call, crash, events, ledger, pulse, queues, stores
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event, Reset
 from llmtasks.errors import (
@@ -118,7 +118,9 @@ def run_queued(task_id: UUID, seq: int) -> None:
     A hint that is stale changes nothing. Raises only database faults of the claim, which may be
     tried again.
     """
+    crash.point("execute.received")
     claimed = ledger.claim(task_id, seq, pulse.owner_id())
+    crash.point("execute.claimed")
     stores.release()
     if claimed is None:
         log.info("a stale hint", extra={"task": task_id, "seq": seq})

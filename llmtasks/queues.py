@@ -10,6 +10,7 @@ from uuid import UUID
 import redis
 from celery import current_app
 
+from llmtasks import crash
 from llmtasks.models import Lane
 from llmtasks.stores import redis_client
 
@@ -51,6 +52,7 @@ def publish(hints: Iterable[tuple[UUID, int, str, str]]) -> None:
                 retry=False,
                 ignore_result=True,
             )
+            crash.point("dispatch.publishing")
 
 
 def depths(names: list[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from uuid_utils.compat import uuid7
 
-from llmtasks import bodies, pulse, queues, routing
+from llmtasks import bodies, crash, pulse, queues, routing
 from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused, NotFound
 from llmtasks.models import (
     FINAL,
@@ -94,6 +94,7 @@ def queued(works: Sequence[Work]) -> list[Task | ApiError]:
                 raise
             continue
         if fresh:
+            crash.point("submit.saved")
             queues.wake()
         return results
     raise Conflict("other requests with this Idempotency-Key were faster", retry_after=1)
@@ -136,6 +137,7 @@ def save(tasks: Sequence[Task]) -> None:
             for task in tasks
         )
         IdempotencyKey.objects.bulk_create(keys)
+        crash.point("submit.inserted")
 
 
 def make(work: Work, mode: str) -> Task:

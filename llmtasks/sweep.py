@@ -12,7 +12,7 @@ import redis
 from django.conf import settings
 from django.db import transaction
 
-from llmtasks import events, ledger, queues
+from llmtasks import crash, events, ledger, queues
 from llmtasks.models import FINAL, IdempotencyKey, Mode, Status
 from llmtasks.stores import fetch
 
@@ -98,9 +98,12 @@ def take_from_dead() -> int:
         if inline := [task_id for task_id, _, mode, _ in rows if mode == Mode.INLINE]:
             # Its client may start it again, with the same key.
             IdempotencyKey.objects.filter(task_id__in=inline).delete()
-    tell([(task_id, status) for task_id, status, _, _ in rows])
+        if rows:
+            crash.point("sweep.taking")
     if rows:
+        crash.point("sweep.taken")
         log.warning("took up tasks of processes that are gone", extra={"tasks": len(rows)})
+    tell([(task_id, status) for task_id, status, _, _ in rows])
     return len(rows)
 
 
