@@ -11,6 +11,8 @@ from uuid_utils.compat import uuid7
 
 from llmtasks import bodies, pulse
 from llmtasks.models import (
+    Attempt,
+    CostState,
     Kind,
     Lane,
     Mode,
@@ -120,6 +122,15 @@ def task(of: Tenant | UUID | None = None, **fields: Any) -> Task:
     )
     TaskPayload.objects.create(task=row, request=bodies.orjson.loads(body))
     return row
+
+
+def attempt(tenant: Tenant, provider: str = "sandbox", model: str = "echo", **fields: Any) -> Any:
+    """A settled attempt of a task that nobody looks at."""
+    given: dict[str, Any] = {
+        "task_id": uuid7(), "number": 1, "state": Attempt.State.SETTLED,
+        "cost": Decimal(0), "cost_state": CostState.FINAL, **fields,
+    }  # fmt: skip
+    return Attempt.objects.create(tenant=tenant, provider=provider, model=model, **given)
 
 
 def worker(
