@@ -16,7 +16,9 @@ The model's name says what happens (a `claude-` before it changes nothing):
 
 Any key will do but `bad-key`. A call's task is what stands before the last dot of its
 `X-Client-Request-Id` header. `GET /_calls` counts calls in all and per task, `GET /_calls/<task>`
-those of one, `POST /_reset` forgets them.
+those of one. `POST /_limits` sets a limit of the sandbox's own and `GET /_limits` shows what came
+of it (`sandbox_limits`), `POST /_faults` has a share of the calls fail (`sandbox_faults`).
+`POST /_reset` forgets calls, limits and faults.
 """
 
 import asyncio
@@ -32,8 +34,10 @@ import orjson
 
 from providers import sandbox_answers as answers
 from providers import sandbox_bodies as bodies
-from providers.sandbox_calls import Ledger, Tally
+from providers.sandbox_calls import Call, Ledger, Tally
+from providers.sandbox_faults import Faults
 from providers.sandbox_http import Connection, Refused, Request
+from providers.sandbox_limits import Limits
 
 TICK: Final = 0.02  # seconds between two writes of a stream with a rate
 MAX_BATCH: Final = 500  # tokens of one write, so that no stream keeps the others waiting
@@ -42,6 +46,8 @@ MAX_BATCH: Final = 500  # tokens of one write, so that no stream keeps the other
 class _Server:
     def __init__(self) -> None:
         self.ledger = Ledger()
+        self.limits = Limits()
+        self.faults = Faults()
         self.connections: set[Connection] = set()
 
     async def handle(self, request: Request, client: Connection) -> bool:
@@ -51,15 +57,27 @@ class _Server:
             return True
         if request.method != "POST":
             raise Refused(405, "Only GET and POST are known here")
-        if request.path == "/_reset":
-            self.ledger.reset()
-            client.reply(200, {})
+        if request.path.startswith("/_"):
+            client.reply(200, self._steered(request))
             return True
-        with self.ledger.call(request.task) as tallies:
-            goes_on = await self._call(request, client, tallies)
-            for tally in tallies:
-                tally.answered += goes_on
+        with self.ledger.call(request.task) as call:
+            goes_on = await self._call(request, client, call)
+            if goes_on:
+                call.answer()
             return goes_on
+
+    def _steered(self, request: Request) -> dict[str, Any]:
+        if request.path == "/_reset":
+            for part in (self.ledger, self.limits, self.faults):
+                part.reset()
+            return {}
+        parts: dict[str, Limits | Faults] = {"/_limits": self.limits, "/_faults": self.faults}
+        if request.path not in parts:
+            raise Refused(404, f"There is nothing at {request.path}")
+        try:
+            return parts[request.path].set(orjson.loads(request.body))
+        except ValueError as exc:
+            raise Refused(400, f"Invalid request: {exc}") from None
 
     def _shown(self, path: str) -> dict[str, Any]:
         if path == "/v1/models":
@@ -75,22 +93,45 @@ class _Server:
         if path.startswith("/_calls/"):
             tally = self.ledger.tasks.get(path.removeprefix("/_calls/"))
             return (tally or Tally()).shown()
+        if path == "/_limits":
+            return self.limits.shown()
+        if path == "/_faults":
+            return self.faults.shown()
         if path == "/healthz":
             return {"status": "ok"}
         raise Refused(404, f"There is nothing at {path}")
 
-    async def _call(
-        self, request: Request, client: Connection, tallies: tuple[Tally, Tally]
-    ) -> bool:
+    async def _call(self, request: Request, client: Connection, call: Call) -> bool:
         body = _parsed(request)
         wanted = _wanted(request, body)
-        await _trouble(wanted, tallies)
+        limits = self.limits.of(body["model"])
+        given = _input_tokens(request, body, wanted) if limits else 0
+        try:
+            places = self.limits.arrive(limits, given, request.anthropic)
+        finally:
+            client.headers = self.limits.headers(limits, request.anthropic)
+        try:
+            return await self._answer(request, body, wanted, client, call)
+        finally:
+            for limit, entry in places:
+                limit.settle(entry, call.made)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: dict[str, Any],
+        wanted: answers.Behaviour,
+        client: Connection,
+        call: Call,
+    ) -> bool:
+        await self.faults.strike(body["model"])
+        await _trouble(wanted, call)
         if wanted.kind == "garbage":
             client.reply(200, b"<html>this is no JSON</html>")
             return True
         try:
             if request.path == "/v1/embeddings":
-                return _embed(body, wanted, client, tallies)
+                return _embed(body, wanted, client, call)
             prompt = answers.read_prompt(body, request.anthropic)
             reply = answers.answer(prompt, wanted)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
@@ -98,11 +139,10 @@ class _Server:
         shape = bodies.Anthropic if request.anthropic else bodies.OpenAI
         made = shape(prompt, reply, wanted.kind != "no-usage")
         if prompt.stream:
-            return await _stream(made, wanted, client, tallies)
+            return await _stream(made, wanted, client, call)
         if wanted.kind == "long":
             await asyncio.sleep(wanted.number / wanted.rate)
-        for tally in tallies:
-            tally.bill(reply.input_tokens, reply.output_tokens)
+        call.bill(reply.input_tokens, reply.output_tokens)
         client.reply(200, made.whole(), cut=wanted.kind == "cut")
         return wanted.kind != "cut"
 
@@ -135,7 +175,16 @@ def _wanted(request: Request, body: Mapping[str, Any]) -> answers.Behaviour:
     return wanted
 
 
-async def _trouble(wanted: answers.Behaviour, tallies: tuple[Tally, Tally]) -> None:
+def _input_tokens(request: Request, body: Mapping[str, Any], wanted: answers.Behaviour) -> int:
+    """0 for a request that is wrong, which is told so later."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        if request.path == "/v1/embeddings":
+            return answers.embeddings(body, wanted)[1]
+        return answers.read_prompt(body, request.anthropic).input_tokens
+    return 0
+
+
+async def _trouble(wanted: answers.Behaviour, call: Call) -> None:
     """What comes before an answer, or in place of it. Raises `Refused`."""
     kind, number = wanted.kind, wanted.number
     if kind == "slow":
@@ -144,9 +193,8 @@ async def _trouble(wanted: answers.Behaviour, tallies: tuple[Tally, Tally]) -> N
         raise Refused(number, f"The sandbox was asked for status {number}")
     elif kind == "rate-limit":
         raise Refused(429, "Rate limit reached", {"Retry-After": str(number)})
-    elif kind == "flaky" and tallies[0].failures < number:
-        for tally in tallies:
-            tally.failures += 1
+    elif kind == "flaky" and call.task.failures < number:
+        call.fail()
         raise Refused(503, "The server is overloaded, try again")
 
 
@@ -154,11 +202,10 @@ def _embed(
     body: Mapping[str, Any],
     wanted: answers.Behaviour,
     client: Connection,
-    tallies: tuple[Tally, Tally],
+    call: Call,
 ) -> bool:
     reply, count = answers.embeddings(body, wanted)
-    for tally in tallies:
-        tally.bill(count, 0)
+    call.bill(count, 0)
     client.reply(200, reply, cut=wanted.kind == "cut")
     return wanted.kind != "cut"
 
@@ -167,31 +214,27 @@ async def _stream(
     made: bodies.OpenAI | bodies.Anthropic,
     wanted: answers.Behaviour,
     client: Connection,
-    tallies: tuple[Tally, Tally],
+    call: Call,
 ) -> bool:
     """The answer as events; what a client that leaves has had is billed all the same."""
-    for tally in tallies:
-        tally.bill(made.reply.input_tokens, 0)
+    call.bill(made.reply.input_tokens, 0)
     await client.begin_stream()
     await client.chunk(made.opening())
     deltas = made.deltas()
     if wanted.kind == "long":
-        await _paced(deltas, wanted.rate, client, tallies)
+        await _paced(deltas, wanted.rate, client, call)
     elif wanted.kind == "cut":
         await client.chunk(b"".join(itertools.islice(deltas, 1)))
         return False
     else:
-        for tally in tallies:
-            tally.bill(0, made.reply.output_tokens)
+        call.bill(0, made.reply.output_tokens)
         await client.chunk(b"".join(deltas) or b": nothing\n\n")
     await client.chunk(made.closing())
     await client.write(b"0\r\n\r\n")
     return True
 
 
-async def _paced(
-    deltas: Iterator[bytes], rate: int, client: Connection, tallies: tuple[Tally, Tally]
-) -> None:
+async def _paced(deltas: Iterator[bytes], rate: int, client: Connection, call: Call) -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
     sent = 0
@@ -202,8 +245,7 @@ async def _paced(
         if batch:
             await client.chunk(b"".join(batch))
             sent += len(batch)
-            for tally in tallies:
-                tally.bill(0, len(batch))
+            call.bill(0, len(batch))
         if len(batch) < asked:
             return
         await asyncio.sleep(max(TICK, 1 / rate) if sent == due else 0)

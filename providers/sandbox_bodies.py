@@ -201,11 +201,14 @@ _OPENAI_CODES: Final = {
 }
 
 
-def error_body(status: int, message: str, anthropic: bool) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, anthropic: bool, kind: str | None = None
+) -> dict[str, Any]:
+    """`kind` is OpenAI's type, where the status alone does not say it."""
     if anthropic:
-        kind = "api_error" if status >= 500 else "invalid_request_error"
-        error = {"type": _ANTHROPIC_TYPES.get(status, kind), "message": message}
+        other = "api_error" if status >= 500 else "invalid_request_error"
+        error = {"type": _ANTHROPIC_TYPES.get(status, other), "message": message}
         return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
     code = _OPENAI_CODES.get(status)
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

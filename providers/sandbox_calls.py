@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-MAX_TASKS: Final = 100_000  # remembered; the oldest are forgotten
+MAX_TASKS: Final = 100_000  # remembered, 0.4 KB each; the oldest are forgotten
 
 
 class Tally:
@@ -27,12 +27,36 @@ class Tally:
         self.input_tokens = 0  # of every answer that was made, cut ones too
         self.output_tokens = 0
 
-    def bill(self, given: int, made: int) -> None:
-        self.input_tokens += given
-        self.output_tokens += made
-
     def shown(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Call:
+    """One call under way, counted for its task and in total."""
+
+    __slots__ = ("made", "tallies")
+
+    def __init__(self, *tallies: Tally) -> None:
+        self.tallies = tallies
+        self.made = 0  # output tokens so far
+
+    @property
+    def task(self) -> Tally:
+        return self.tallies[0]
+
+    def bill(self, given: int, made: int) -> None:
+        self.made += made
+        for tally in self.tallies:
+            tally.input_tokens += given
+            tally.output_tokens += made
+
+    def fail(self) -> None:
+        for tally in self.tallies:
+            tally.failures += 1
+
+    def answer(self) -> None:
+        for tally in self.tallies:
+            tally.answered += 1
 
 
 class Ledger:
@@ -54,7 +78,7 @@ class Ledger:
         return tally
 
     @contextlib.contextmanager
-    def call(self, task: str) -> Iterator[tuple[Tally, Tally]]:
+    def call(self, task: str) -> Iterator[Call]:
         """Overlaps are counted per task, and in total as their sum; a call of no task has none."""
         tally, total = self.of(task), self.total
         overlaps = bool(task) and tally.under_way > 0
@@ -63,7 +87,7 @@ class Ledger:
             counted.under_way += 1
             counted.overlaps += overlaps
         try:
-            yield tally, total
+            yield Call(tally, total)
         except asyncio.CancelledError:
             tally.hung_up += 1
             total.hung_up += 1

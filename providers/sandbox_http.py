@@ -31,10 +31,17 @@ class Handler(Protocol):
 class Refused(Exception):
     """A request that ends with an error body."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        kind: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
+        self.kind = kind  # OpenAI's `type`, where the status alone does not say it
 
 
 class Request:
@@ -89,6 +96,8 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._idle: asyncio.TimerHandle | None = None
+        # More headers for the answer to the request under way.
+        self.headers: Mapping[str, str] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
@@ -170,12 +179,13 @@ class Connection(asyncio.Protocol):
 
     async def _run(self, request: Request) -> None:
         keep = request.keep_alive
+        self.headers = {}
         try:
             keep = await self._server.handle(request, self) and keep
         except asyncio.CancelledError:
             return
         except Refused as refused:
-            body = error_body(refused.status, str(refused), request.anthropic)
+            body = error_body(refused.status, str(refused), request.anthropic, refused.kind)
             self.reply(refused.status, body, refused.headers)
         except Exception:
             # A fault of ours: the client must not wait for an answer that never comes.
@@ -193,7 +203,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """A whole answer; `cut` sends half of its body."""
         data = body if isinstance(body, bytes) else orjson.dumps(body)
-        head = _head(status, {"Content-Length": str(len(data)), **(headers or {})})
+        length = {"Content-Length": str(len(data))}
+        head = _head(status, {**length, **self.headers, **(headers or {})})
         self._transport.write(head + (data[: len(data) // 2] if cut else data))
 
     async def write(self, data: bytes) -> None:
@@ -202,7 +213,7 @@ class Connection(asyncio.Protocol):
 
     async def begin_stream(self) -> None:
         headers = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
-        await self.write(_head(200, headers))
+        await self.write(_head(200, {**headers, **self.headers}))
 
     async def chunk(self, data: bytes) -> None:
         await self.write(b"%x\r\n%s\r\n" % (len(data), data))

@@ -170,7 +170,7 @@ def test_every_adapter_is_documented_with_its_options(name: str) -> None:
 
 
 def test_models_of_the_sandbox_are_documented_as_it_knows_them() -> None:
-    section = text("docs/providers.md").partition("## The sandbox")[2]
+    section = text("docs/providers.md").partition("## The sandbox\n")[2].partition("\n###")[0]
     for name in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE):
         concrete = name.replace("<status>", "503")
         assert behaviour(re.sub(r"<\w+>", "5", concrete)), name
