@@ -17,4 +17,4 @@ RUN python -m compileall -q . && SECRET_KEY=build python manage.py collectstatic
 
 USER llmtasks
 EXPOSE 8000
-CMD ["python", "-m", "gunicorn", "project.wsgi:application", "--bind=0.0.0.0:8000", "--worker-class=gthread", "--workers=2", "--threads=128", "--no-control-socket"]
+CMD ["python", "-m", "gunicorn", "project.wsgi:application", "--config=python:project.gunicorn", "--bind=0.0.0.0:8000", "--worker-class=gthread", "--workers=2", "--threads=128", "--no-control-socket"]

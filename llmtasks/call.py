@@ -105,7 +105,7 @@ def past_tries(context: Context) -> list[Try]:
         return []
     rows = Attempt.objects.filter(task_id=context.task.id, step=context.step).order_by("number")
     return [
-        Try(row.provider, row.model, retry.CLASSES.get(row.error_class, errors.ConnectionFailed))
+        retry.past(row.provider, row.model, row.error_class)
         for row in rows.only("provider", "model", "error_class")
     ]
 

@@ -48,7 +48,7 @@ class Context:
         self.deadline = time.monotonic() + left
 
     def drop(self, reason: str) -> None:
-        """End the call from another thread: `cancel`, `client` or `lease`."""
+        """End the call from another thread: `cancel`, `client`, `lease` or `drain`."""
         self.dropped = self.dropped or reason
         self.wakes.set()
         if (exchange := self.exchange) is not None:
@@ -70,4 +70,6 @@ def drop_error(context: Context) -> TaskError:
         return Cancelled("cancelled on request")
     if context.dropped == "client":
         return ClientLeft("the caller hung up")
+    if context.dropped == "drain":
+        return Interrupted("the process that ran it was told to end")
     return Interrupted("the process that ran it lost its lease")

@@ -15,7 +15,7 @@ ApiError                    rendered by `api/errors.py`, in the shape of the doo
 
 TaskError                   how a task ended, beside the vendor's errors (`providers.errors`)
 ├── DeadlineExceeded        its one deadline passed
-├── Interrupted             the process died that ran it inline, or `on_unknown` is `fail`
+├── Interrupted             the process died or ended that ran it inline, or `on_unknown` is `fail`
 ├── Cancelled               somebody asked for it
 ├── ClientLeft              the caller hung up while it ran inline
 └── InternalError           a fault of ours, logged with its trace
@@ -131,7 +131,9 @@ class DeadlineExceeded(TaskError):
 
 
 class Interrupted(TaskError):
-    """The process that ran the work died during it."""
+    """The process that ran the work died during it, or was told to end. Another may run it."""
+
+    retry_after: ClassVar[float] = 1.0
 
 
 class Cancelled(TaskError):

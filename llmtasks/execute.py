@@ -26,7 +26,7 @@ from llmtasks.errors import (
     Unavailable,
 )
 from llmtasks.ledger import ClockTimestamp
-from llmtasks.models import FINAL, Status, Task
+from llmtasks.models import FINAL, Mode, Status, Task
 from llmtasks.telemetry import task_id_var
 from providers.errors import ProviderError
 
@@ -119,6 +119,9 @@ def run_queued(task_id: UUID, seq: int) -> None:
     tried again.
     """
     crash.point("execute.received")
+    if pulse.is_draining():
+        hand_back(task_id, seq)
+        return
     claimed = ledger.claim(task_id, seq, pulse.owner_id())
     crash.point("execute.claimed")
     stores.release()
@@ -136,6 +139,13 @@ def run_queued(task_id: UUID, seq: int) -> None:
     finally:
         task_id_var.reset(token)
         stores.release()
+
+
+def hand_back(task_id: UUID, seq: int) -> None:
+    """A hint that came while this process ends: the task waits for another worker."""
+    if ledger.move(task_id, [Status.QUEUED], Status.WAITING, where={"seq": seq}, queued_at=None):
+        events.publish(task_id, "state", {"status": Status.WAITING})
+    stores.release()
 
 
 def perform(task: Task, stored: Any) -> None:
@@ -169,10 +179,11 @@ def publish_deltas(task: Task, answer: Iterator[Event]) -> None:
 
 def conclude(task: Task, error: Exception) -> None:
     """Write a task's end by an error that came before its first attempt, or between two."""
-    if task.status in FINAL:
+    if task.status != Status.RUNNING:
         return
     end = attempts.describe(attempts.final_status(error), error)
-    if isinstance(error, Interrupted) and call.may_run_again(task):
+    # No attempt is open here: nothing is unknown.
+    if isinstance(error, Interrupted) and task.mode == Mode.QUEUED:
         end = ledger.End(status=Status.WAITING)
     try:
         if task._state.adding:

@@ -37,6 +37,8 @@ PERIOD_S = 0.5
 CONFIG_VALID_S = 60.0
 # A connect and a statement together must not outlast what DROP_AFTER_S leaves of the lease.
 STATEMENT_S = 2.0
+# Between two looks for calls that are still under way after the grace time.
+DRAIN_LOOK_S = 0.1
 
 BEAT = """
 WITH renewed AS (
@@ -108,6 +110,8 @@ class Pulse:
     read_at: float = float("-inf")
     is_registered: bool = False
     is_away: bool = False
+    # The process was told to end.
+    is_draining: bool = False
     clock_offset: timedelta = timedelta(0)
     # Held for a beat: a thread that needs an id may make one too.
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -274,6 +278,24 @@ def stop() -> None:
         pulse.disconnect()
 
 
+def drain() -> None:
+    """Let calls under way end for GRACE_S, then drop what is left, and whatever begins later,
+    until `stop`. For a thread of its own in a process that was told to end."""
+    pulse = start()
+    pulse.is_draining = True
+    pulse.stopped.wait(settings.LLMTASKS["GRACE_S"])
+    if pulse.calls:
+        log.warning("the grace time is over: dropping calls", extra={"calls": len(pulse.calls)})
+    while not pulse.stopped.wait(DRAIN_LOOK_S):
+        for call in list(pulse.calls.values()):
+            call.drop("drain")
+
+
+def is_draining() -> bool:
+    """Whether this process was told to end: what it has begun goes on, nothing else begins."""
+    return _pulse is not None and _pulse.is_draining
+
+
 def owner_id() -> UUID:
     """The id under which this process owns tasks. Raises OperationalError while it has none."""
     pulse = start()
@@ -320,8 +342,9 @@ def now() -> datetime:
 def watch(
     task_id: UUID, drop: Drop, client: socket.socket | None = None, owner: UUID | None = None
 ) -> Iterator[None]:
-    """While the block runs, `drop(reason)` is called from the pulse thread when the task is to be
-    cancelled (`cancel`), the lease lapsed (`lease`) or the caller hung up (`client`).
+    """While the block runs, `drop(reason)` is called from another thread when the task is to be
+    cancelled (`cancel`), the lease lapsed (`lease`), the caller hung up (`client`) or the process
+    is to end (`drain`).
 
     `owner` is the id under which the task was taken: one that lapsed meanwhile is told at once.
     """

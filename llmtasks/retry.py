@@ -30,16 +30,24 @@ CLASSES: dict[str, type[errors.ProviderError]] = {
 @dataclass(frozen=True, slots=True)
 class Try:
     """One attempt that ended without an answer. `error` is a class of `providers.errors`; a call
-    whose process died counts as `ConnectionFailed`."""
+    whose process died counts as `ConnectionFailed`. `is_ours`: we ended the call ourselves, and
+    it was no failed try."""
 
     provider: str
     model: str
     error: type[errors.ProviderError]
     retry_after: float | None = None
+    is_ours: bool = False
 
     @property
     def is_limit(self) -> bool:
         return issubclass(self.error, errors.RateLimited)
+
+
+def past(provider: str, model: str, error_class: str) -> Try:
+    """An attempt of an earlier run, as the ledger has it."""
+    error = CLASSES.get(error_class, errors.ConnectionFailed)
+    return Try(provider, model, error, is_ours=error_class == "Interrupted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ def choose(
 
     Queued work is patient: a vendor's 429 is no failed try. Where somebody waits it is one.
     """
+    tries = [t for t in tries if not t.is_ours]
     if tries and not (tries[-1].error.retryable or tries[-1].error.try_next):
         return None
     if sum(not (t.is_limit and is_patient) for t in tries) >= MAX_ATTEMPTS:

@@ -232,6 +232,9 @@ LLMTASKS = {
     "DROP_AFTER_S": env.seconds(
         "DROP_AFTER_S", 25, "Without a renewal for so long a process drops its own calls"
     ),
+    "GRACE_S": env.integer(
+        "GRACE_S", 20, "Seconds that calls under way get when their process is to end", least=1
+    ),
     "HINT_LOST_S": env.seconds(
         "HINT_LOST_S", 30, "When a released task counts as lost if its queue is empty", least=1
     ),

@@ -181,7 +181,7 @@ def answer(error: ApiError, path: str) -> HttpResponse:
         response["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Ended):
         # The official clients obey it: else five tries of ours become fifteen.
-        response["x-should-retry"] = "false"
+        response["x-should-retry"] = "true" if error.code == "interrupted" else "false"
         response["x-llmtasks-task-id"] = str(error.task.id)
     return response
 

@@ -11,7 +11,7 @@ from django.conf import settings
 from django.http import HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
-from llmtasks import execute, stores, watchers
+from llmtasks import execute, pulse, stores, watchers
 from llmtasks.api import answers
 from llmtasks.api.errors import Ended, as_api_error, openai_body
 from llmtasks.api.waiting import look, look_interval
@@ -133,7 +133,8 @@ def stream_events(task: Task, after: str | None) -> HttpResponseBase:
 
 
 def event_frames(task: Task, watcher: Watcher, *, is_new: bool) -> Generator[bytes, None, None]:
-    """Until the task is done or STREAM_S is over; then the browser comes back by itself."""
+    """Until the task is done, STREAM_S is over or this process is to end; then the browser comes
+    back by itself."""
     yield b"retry: %d\n\n" % RETRY_MS
     if is_new or watcher.is_lost:
         if task.status in FINAL:
@@ -143,7 +144,7 @@ def event_frames(task: Task, watcher: Watcher, *, is_new: bool) -> Generator[byt
         yield frame(resumes, "snapshot", task_json(task))
     until = time.monotonic() + settings.LLMTASKS["STREAM_S"]
     looked = beat = time.monotonic()
-    while (now := time.monotonic()) < until:
+    while (now := time.monotonic()) < until and not pulse.is_draining():
         event = watcher.next(min(look_interval(), until - now))
         if event is not None and event.name != "done":
             yield frame(event.id, event.name, event.data)

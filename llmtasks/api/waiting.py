@@ -10,7 +10,7 @@ from uuid import UUID
 
 from django.http import HttpResponse
 
-from llmtasks import stores, watchers
+from llmtasks import pulse, stores, watchers
 from llmtasks.api.answers import json_response, task_row
 from llmtasks.api.doors import Preferences
 from llmtasks.api.errors import POSTGRES_AWAY
@@ -50,13 +50,15 @@ def look_interval() -> float:
 
 
 def watched(task: Task, seconds: float) -> Task:
-    """The task once it is final, or when the time is up. Without a free place to watch from it
-    is not waited for: 202 is always right."""
+    """The task once it is final, the time is up or this process is to end. Without a free place
+    to watch from it is not waited for: 202 is always right."""
     stores.release()
     until = time.monotonic() + seconds
     try:
         with watchers.watch(task.id) as watcher:
             while task.status not in FINAL and (left := until - time.monotonic()) > 0:
+                if pulse.is_draining():
+                    break
                 event = watcher.next(min(left, look_interval()))
                 if event is None or event.name == "done":
                     task = look(task)

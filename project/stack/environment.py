@@ -58,6 +58,7 @@ def places(environment: Mapping[str, str], layout: Layout) -> Places:
         sandbox_port=number(environment, "SANDBOX_PORT", port + 2),
         web_workers=number(environment, "WEB_WORKERS", 2, most=256),
         web_threads=number(environment, "WEB_THREADS", 128, most=4096),
+        grace_s=number(environment, "GRACE_S", 20, most=3600),
         beat_schedule=str(layout.data / "beat-schedule"),
     )
 

@@ -19,7 +19,7 @@ from project.stack.console import say
 from project.stack.errors import StackError
 from project.stack.layout import ROOT, Layout, write_private
 from project.stack.processes import PROGRAM, Child, marked, tail
-from project.stack.programs import STOP_S, Program
+from project.stack.programs import AFTER_GRACE_S, Program
 
 GROUP = "llmtasks"
 LOG_BYTES = "10MB"
@@ -28,7 +28,7 @@ FILES_WANTED = 8192
 READY_S = 20.0
 
 
-def configuration(layout: Layout, programs: list[Program]) -> str:
+def configuration(layout: Layout, programs: list[Program], stop_s: int) -> str:
     """supervisord's file. One group: then all its programs are told to stop at once."""
     section: list[str] = [
         "[unix_http_server]",
@@ -56,11 +56,11 @@ def configuration(layout: Layout, programs: list[Program]) -> str:
         f"programs = {','.join(program.name for program in programs)}",
     ]
     for program in programs:
-        section += ["", *program_section(layout, program)]
+        section += ["", *program_section(layout, program, stop_s)]
     return "\n".join(section) + "\n"
 
 
-def program_section(layout: Layout, program: Program) -> list[str]:
+def program_section(layout: Layout, program: Program, stop_s: int) -> list[str]:
     return [
         f"[program:{program.name}]",
         f"command = {quoted(shlex.join(program.command))}",
@@ -72,7 +72,7 @@ def program_section(layout: Layout, program: Program) -> list[str]:
         # Each try waits a second longer; `Manager.watch` revives what gave up.
         "startretries = 10",
         "stopsignal = TERM",
-        f"stopwaitsecs = {STOP_S}",
+        f"stopwaitsecs = {stop_s}",
         "killasgroup = true",
         "redirect_stderr = true",
         f"stdout_logfile = {quoted(layout.logs / (program.name + '.log'))}",
@@ -129,12 +129,19 @@ class Manager:
     programs: list[Program]
     environment: dict[str, str]
     python: str
+    grace_s: int = 20
     child: Child | None = None
     stage: int = -1
 
+    @property
+    def stop_s(self) -> int:
+        """Seconds that a program has to end before it is killed."""
+        return self.grace_s + AFTER_GRACE_S
+
     def start(self) -> None:
         """Start the process manager, without any program yet."""
-        write_private(self.layout.supervisor_conf, configuration(self.layout, self.programs))
+        text = configuration(self.layout, self.programs, self.stop_s)
+        write_private(self.layout.supervisor_conf, text)
         self.child = Child(
             name="supervisord",
             command=[
@@ -143,7 +150,7 @@ class Manager:
             ],
             log=self.layout.logs / "supervisord.out",
             environment=marked(self.layout.data, PROGRAM, self.environment),
-            patience_s=STOP_S + 5.0,
+            patience_s=self.stop_s + 5.0,
         )
         self.child.start()
 
@@ -180,7 +187,7 @@ class Manager:
         """One look: a supervisord that died is started again, and programs that gave up."""
         if self.child and not self.child.is_alive():
             say(f"the process manager died and is started again (see {self.child.log})")
-            processes.end(self.layout.data, PROGRAM, STOP_S)
+            processes.end(self.layout.data, PROGRAM, self.stop_s)
             self.child.start()
             self.start_stage(self.stage)
         elif "FATAL" in self.states().values():

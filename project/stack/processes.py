@@ -51,7 +51,7 @@ def find(data: Path, part: str | None = None) -> list[psutil.Process]:
 
 def end_all(data: Path) -> int:
     """End what is left of a stack, programs before the servers that they use."""
-    return end(data, PROGRAM, patience_s=20.0) + end(data, SERVER, patience_s=60.0)
+    return end(data, PROGRAM, patience_s=40.0) + end(data, SERVER, patience_s=60.0)
 
 
 def end(data: Path, part: str, patience_s: float) -> int:

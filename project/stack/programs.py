@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 LANES = ("interactive", "default", "bulk")
-# Seconds that work under way has to end by itself when everything is stopped. What is cut off
-# is put back by the sweep, as after any other death.
-STOP_S = 10
+# What a program needs beyond the grace time: calls that were dropped then are still written
+# down, and callers told. What is cut off is put back by the sweep, as after any other death.
+AFTER_GRACE_S = 10
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Places:
     sandbox_port: int = 8002
     web_workers: int = 2
     web_threads: int = 128
+    # Seconds that calls under way get when everything is stopped.
+    grace_s: int = 20
     beat_schedule: str = "/tmp/beat-schedule"  # noqa: S108 - of the container alone
 
 
@@ -63,6 +65,8 @@ def programs(python: str, places: Places) -> list[Program]:
 def gunicorn(places: Places) -> tuple[str, ...]:
     """A thread for each call under way: they wait for vendors."""
     return (
+        # How it ends.
+        "--config=python:project.gunicorn",
         f"--bind={places.bind}:{places.port}",
         "--worker-class=gthread",
         f"--workers={places.web_workers}",
@@ -72,7 +76,6 @@ def gunicorn(places: Places) -> tuple[str, ...]:
         # A worker that shows no life is replaced; long calls are no sign of death here, since
         # its main thread answers for it.
         "--timeout=60",
-        f"--graceful-timeout={STOP_S - 2}",
         # Its place would be shared by every gunicorn of this user.
         "--no-control-socket",
     )

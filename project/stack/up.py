@@ -109,7 +109,11 @@ class Stack:
         )
         write_private(self.layout.environment, environment.to_keep(settings))
         self.manager = Manager(
-            self.layout, programs(interpreter(), self.places), settings, interpreter()
+            self.layout,
+            programs(interpreter(), self.places),
+            settings,
+            interpreter(),
+            self.places.grace_s,
         )
         self.manager.start()
         seeds = settings | environment.for_seed(self.credentials)

@@ -53,7 +53,8 @@ def test_the_secrets_that_docker_compose_needs_are_in_the_example():
 
 def supervisor_file(tmp_path: Path, places: Places) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser()
-    parser.read_string(manager.configuration(Layout.at(tmp_path), programs("/a b/python", places)))
+    table = programs("/a b/python", places)
+    parser.read_string(manager.configuration(Layout.at(tmp_path), table, stop_s=7))
     return parser
 
 
@@ -65,6 +66,7 @@ def test_supervisord_runs_them_and_starts_each_again(tmp_path):
         section = found[f"program:{program.name}"]
         assert tuple(shlex.split(section["command"])) == program.command
         assert section["autorestart"] == "true"
+        assert section["stopwaitsecs"] == "7"
         assert section["stdout_logfile_maxbytes"] == manager.LOG_BYTES
 
 

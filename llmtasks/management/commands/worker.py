@@ -1,12 +1,14 @@
 """`manage.py worker --lane LANE`: a Celery worker that serves one lane of every provider."""
 
 import logging
+import signal
 import socket
 import threading
 import time
 from typing import Any
 
 from celery import current_app, signals
+from celery.worker import state
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import OperationalError
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.1
 # How long the consumer may take for it before it is asked again: Redis may be away.
 AGAIN_S = 2.0
+# Celery asks Redis for a message for a second at a time. What came with the last question is
+# taken, and given back; a consumer closed at once would lose it.
+LAST_MESSAGE_S = 1.2
 MAINTENANCE = "maintenance"
 
 
@@ -73,11 +78,29 @@ class Follower:
         is_first, self.consumer = self.consumer is None, sender
         if is_first:
             threading.Thread(target=self.follow, name="follow-config", daemon=True).start()
+            threading.Thread(target=self.end, name="end", daemon=True).start()
+            signal.signal(signal.SIGTERM, self.stop)
 
-    def stop(self, **_: Any) -> None:
-        """Signal `worker_shutting_down`: tasks under way end, no others are sent here."""
+    def stop(self, *_: Any, **__: Any) -> None:
+        """SIGTERM, and Celery's signal `worker_shutting_down` for others. A handler may come in the
+        middle of anything, locks included: it only sets this."""
         self.is_stopping = True
+
+    def end(self) -> None:
+        """Once told to stop: no more tasks are sent here or taken, those under way get GRACE_S."""
+        while not self.is_stopping:
+            time.sleep(LOOK_S)
+        threading.Thread(target=pulse.drain, name="drain", daemon=True).start()
         pulse.serve([])
+        self.consumer.call_soon(self.leave_queues)
+        time.sleep(LAST_MESSAGE_S)
+        # Celery's warm shutdown: it waits for the tasks under way.
+        state.should_stop = 0  # type: ignore[assignment]
+
+    def leave_queues(self) -> None:
+        """In the consumer's thread."""
+        for name in list(self.consumer.task_consumer._queues):
+            self.consumer.cancel_task_queue(name)
 
     def follow(self) -> None:
         asked_at = float("-inf")
