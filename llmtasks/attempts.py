@@ -20,10 +20,12 @@ from llmtasks import bodies, crash, ledger, pricing, pulse, routing, stores
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event
 from llmtasks.errors import Cancelled, ClientLeft, InternalError, Lost
+from llmtasks.guards import accounts, rate_limit
+from llmtasks.guards.rate_limit import Grant, Used
 from llmtasks.ledger import End, Outcome
 from llmtasks.models import CostState, Mode, Status
 from llmtasks.routing import Candidate
-from providers import errors
+from providers import errors, vendor_limits
 from providers.http import Exchange
 from providers.types import (
     Done,
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 SETTLE_AGAIN_S = 0.5
 SETTLE_FOR_S = 3600.0
 MAX_MESSAGE = 1000
+# How long a vendor's gate is closed by a 429 that does not say.
+GATE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Sending:
     says that any delta did, an empty one included."""
 
     candidate: Candidate
+    grant: Grant
     context: Context
     exchange: Exchange
     id: UUID
@@ -59,6 +64,7 @@ class Sending:
     started: float
     streamed: int = 0
     has_told: bool = False
+    error: BaseException | None = None
 
     @property
     def provider(self) -> str:
@@ -69,21 +75,29 @@ class Sending:
         return self.candidate.model
 
 
-def begin(candidate: Candidate, request: AnyRequest, context: Context, number: int) -> Sending:
+def begin(
+    candidate: Candidate, grant: Grant, request: AnyRequest, context: Context, number: int
+) -> Sending:
     """Write the attempt down, before anything is sent."""
     task = context.task
+    context.grant = grant
     limit = request.max_output_tokens if isinstance(request, Request) else 0
-    estimate = pricing.estimate(candidate.price_family, candidate.model, len(task.body), limit)
-    attempt_id = ledger.begin(
-        task,
-        step=context.step,
-        number=number,
-        provider=candidate.provider,
-        model=candidate.model,
-        estimate=estimate.amount,
-        cost_state=estimate.state,
-        price_id=estimate.price_id,
-    )
+    try:
+        estimate = pricing.estimate(candidate.price_family, candidate.model, len(task.body), limit)
+        ledger.begin(
+            task,
+            attempt_id=grant.attempt_id,
+            step=context.step,
+            number=number,
+            provider=candidate.provider,
+            model=candidate.model,
+            estimate=estimate.amount,
+            cost_state=estimate.state,
+            price_id=estimate.price_id,
+        )
+    except BaseException:
+        rate_limit.settle(grant, Used(is_sent=False))
+        raise
     crash.point("attempt.begun")
     stores.release()
     exchange = Exchange(
@@ -95,8 +109,9 @@ def begin(candidate: Candidate, request: AnyRequest, context: Context, number: i
     if context.dropped:
         exchange.drop(context.dropped)
     return Sending(
-        candidate, context, exchange, attempt_id, len(task.body), limit, time.monotonic()
-    )
+        candidate, grant, context, exchange, grant.attempt_id, len(task.body), limit,
+        time.monotonic(),
+    )  # fmt: skip
 
 
 def send(attempt: Sending, request: AnyRequest) -> Generator[Event, None, AnyResponse]:
@@ -141,6 +156,7 @@ def error_outcome(attempt: Sending, error: BaseException, name: str) -> Outcome:
     """A call that failed. One that never went out, or that the vendor refused, costs nothing; any
     other may be on its bill: what went over the wire is the estimate."""
     exchange = attempt.exchange
+    attempt.error = error
     if not exchange.is_sent or (exchange.status or 0) >= 400:
         cost = pricing.Cost(amount=Decimal(0), state=CostState.FINAL, price_id=None)
     else:
@@ -225,6 +241,49 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
             ).start()
         else:
             settle_until_done(attempt, settled, end)
+
+
+def settle_limits(attempt: Sending, settled: Outcome) -> None:
+    """Tell the limiter what the call used and how the vendor did, and people what they must
+    see to."""
+    candidate, error, usage = attempt.candidate, attempt.error, settled.usage
+    is_answered = error is None and settled.raw_usage is not None
+    # A vendor that refused a call counted no tokens.
+    is_refused = (attempt.exchange.status or 0) >= 400
+    is_known = is_answered or is_refused
+    told = vendor_limits.told(attempt.exchange.response_headers)
+    rate_limit.settle(
+        attempt.grant,
+        Used(
+            is_sent=attempt.exchange.is_sent,
+            input_tokens=candidate.adapter.limited_input(usage) if is_known else None,
+            output_tokens=usage.total_output_tokens if is_known else None,
+        ),
+        health=health(error),
+        error="" if error is None else type(error).__name__,
+        gate_s=gate_s(error),
+        told=[rate_limit.Told(*one) for one in told],
+        ms=settled.latency_ms if is_answered else None,
+        input_bytes=attempt.input_bytes,
+    )
+    accounts.note(candidate, error, told)
+
+
+def health(error: BaseException | None) -> str:
+    """What an attempt's end says of the vendor's health, for the breaker."""
+    if error is None:
+        return "ok"
+    is_fault = isinstance(error, errors.ProviderError) and error.breaker
+    return "fault" if is_fault and getattr(error, "code", None) != "deadline" else ""
+
+
+def gate_s(error: BaseException | None) -> float:
+    """For how long a vendor wants no call."""
+    if isinstance(error, errors.RateLimited):
+        return GATE_S if error.retry_after is None else error.retry_after
+    if isinstance(error, errors.Overloaded):
+        return error.retry_after or 0.0
+    return 0.0
 
 
 def finish(attempt: Sending, settled: Outcome, end: End) -> None:

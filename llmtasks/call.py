@@ -1,11 +1,10 @@
 """One LLM call, from a route's candidates to an answer that is paid for.
 
     candidates → for each try:
-        begin attempt → send → settle
+        admit (breaker, gate, limits) → begin attempt → send → settle
     → result
 
-Between `candidates` and `begin attempt` the exact cache, the breaker, the money's hold and the
-limiter have their places (marked below), each a step of its own.
+The exact cache and the money's hold have their places too (marked below), each a step of its own.
 """
 
 import logging
@@ -13,7 +12,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from functools import partial
 
-from llmtasks import attempts, ledger, pulse, retry, routing
+from llmtasks import admission, attempts, ledger, pulse, retry, routing
 from llmtasks.attempts import Sending
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event, Reset, drop_error
@@ -52,29 +51,33 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
     (the task is back in `waiting`) or `Lost`.
     """
     task = context.task
-    next_try = partial(retry.choose, is_patient=task.mode == Mode.QUEUED)
+    options_of = partial(retry.options, is_patient=task.mode == Mode.QUEUED)
     with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         # look_up_cache: its place, before any money.
         candidates = usable_candidates(request, context)
         tries = past_tries(context)
         if context.left_s <= 0:
             raise DeadlineExceeded("the deadline passed before a provider was called")
-        chosen = next_try(candidates, tries)
+        options = options_of(candidates, tries)
         number = len(tries)
-        while chosen is not None:
-            # breaker → hold money → take limit: their places, for each candidate.
+        failed: errors.ProviderError | None = None
+        while options:
             number += 1
+            # hold money: its place, for each candidate.
+            candidate, grant = admission.admit(options, request, context, failed)
             if number > 1 and context.may_restart:
                 yield Reset(number)
-            attempt = attempts.begin(chosen.candidate, request, context, number)
+            attempt = attempts.begin(candidate, grant, request, context, number)
             try:
                 answer = yield from attempts.send(attempt, request)
                 # Here, since a fault of ours must not leave the attempt open.
                 outcome = attempts.answer_outcome(attempt, answer)
                 end = attempts.success(context, answer)
             except errors.ProviderError as error:
+                failed = error
                 tries.append(Try(attempt.provider, attempt.model, type(error), error.retry_after))
-                chosen = after_error(attempt, error, next_try(candidates, tries))
+                options = options_of(candidates, tries)
+                after_error(attempt, error, options[0] if options else None)
             except BaseException as error:
                 raise after_end(attempt, error) from error
             else:
@@ -86,17 +89,17 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
 
 
 def usable_candidates(request: AnyRequest, context: Context) -> tuple[Candidate, ...]:
-    """The route's candidates that can do it and are not paused. Raises `NoProvider`, or `Snooze`
+    """The route's candidates that can do it and are open. Raises `NoProvider`, or `Snooze`
     for queued work, which waits."""
     route = routing.find(context.task.route, context.task.kind)
     able = routing.supporting(route, request)
-    open_ = tuple(c for c in able if not c.is_paused)
+    open_ = tuple(c for c in able if c.is_usable)
     if open_:
         return open_
     if context.task.mode == Mode.QUEUED:
         ledger.end_running(context.task, End(status=Status.WAITING, wait_s=1.0))
         raise Snooze(1.0)
-    raise NoProvider(f"every provider of {route.name!r} is paused", retry_after=30)
+    raise NoProvider(f"every provider of {route.name!r} is paused or refused us", retry_after=30)
 
 
 def past_tries(context: Context) -> list[Try]:
@@ -110,10 +113,8 @@ def past_tries(context: Context) -> list[Try]:
     ]
 
 
-def after_error(
-    attempt: Sending, error: errors.ProviderError, chosen: retry.Next | None
-) -> retry.Next:
-    """Settle a failed attempt and say what is called next. Raises what ends the call."""
+def after_error(attempt: Sending, error: errors.ProviderError, chosen: retry.Next | None) -> None:
+    """Settle a failed attempt, and wait for the next try. Raises what ends the call."""
     context, task = attempt.context, attempt.context.task
     settled = attempts.error_outcome(attempt, error, type(error).__name__)
     final: Exception | None = None
@@ -144,7 +145,6 @@ def after_error(
     if context.dropped:
         # `execute` writes the task's end: there is no attempt to settle.
         raise drop_error(context)
-    return chosen
 
 
 def after_end(attempt: Sending, error: BaseException) -> BaseException:

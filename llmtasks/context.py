@@ -7,6 +7,7 @@ from socket import socket
 
 from llmtasks import pulse, stores
 from llmtasks.errors import Cancelled, ClientLeft, Interrupted, TaskError
+from llmtasks.guards.rate_limit import Grant, Refusal
 from llmtasks.models import Task
 from providers.http import Exchange
 from providers.types import StreamEvent
@@ -39,6 +40,9 @@ class Context:
     client: socket | None = None
     warning: str = ""
     exchange: Exchange | None = None
+    # The caller's own limits as the last grant found them, and what refused the call for good.
+    grant: Grant | None = None
+    refusal: Refusal | None = None
     dropped: str = ""
     wakes: threading.Event = field(default_factory=threading.Event)
     deadline: float = 0.0

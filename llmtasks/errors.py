@@ -15,6 +15,7 @@ ApiError                    rendered by `api/errors.py`, in the shape of the doo
 
 TaskError                   how a task ended, beside the vendor's errors (`providers.errors`)
 ├── DeadlineExceeded        its one deadline passed
+├── LimitReached            a rate limit leaves no room before the deadline: 429
 ├── Interrupted             the process died or ended that ran it inline, or `on_unknown` is `fail`
 ├── Cancelled               somebody asked for it
 ├── ClientLeft              the caller hung up while it ran inline
@@ -128,6 +129,16 @@ class TaskError(Exception):
 
 class DeadlineExceeded(TaskError):
     """The deadline passed before the work was done."""
+
+
+class LimitReached(TaskError):
+    """A rate limit leaves no room before the deadline. `retry_after` is in seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Interrupted(TaskError):

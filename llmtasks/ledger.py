@@ -21,7 +21,6 @@ import orjson
 from django.db import transaction
 from django.db.models import DateTimeField, Func
 from psycopg.types.json import Jsonb
-from uuid_utils.compat import uuid7
 
 from llmtasks import bodies, pulse
 from llmtasks.errors import Lost
@@ -30,9 +29,14 @@ from llmtasks.stores import fetch, loads
 from providers.types import Usage
 
 # An inline task that ended so gave no final answer: its Idempotency-Key is free again.
+# fmt: off
 FORGETTABLE = frozenset(
-    {"RateLimited", "Overloaded", "NoProvider", "Interrupted", "ClientLeft", "InternalError"}
+    {
+        "RateLimited", "LimitReached", "Overloaded", "NoProvider", "Interrupted", "ClientLeft",
+        "InternalError",
+    }
 )
+# fmt: on
 
 
 class ClockTimestamp(Func):
@@ -123,6 +127,7 @@ WITH t AS (
 def begin(
     task: Task,
     *,
+    attempt_id: UUID,
     step: int,
     number: int,
     provider: str,
@@ -130,14 +135,14 @@ def begin(
     estimate: Decimal | None,
     cost_state: str,
     price_id: int | None,
-) -> UUID:
-    """Write the attempt as `sent`, in a transaction of its own; returns its id.
+) -> None:
+    """Write the attempt as `sent`, in a transaction of its own.
 
     An inline task is written with its first attempt. Raises `Lost` where the task is no longer
     ours, `IntegrityError` where its Idempotency-Key was taken meanwhile.
     """
     values: dict[str, Any] = {
-        "attempt": uuid7(),
+        "attempt": attempt_id,
         "task": task.id,
         "tenant": task.tenant_id,
         "step": step,
@@ -158,7 +163,6 @@ def begin(
         raise Lost
     task.attempts += 1
     task.provider = provider
-    return values["attempt"]  # type: ignore[no-any-return]
 
 
 def new_task_values(task: Task) -> dict[str, Any]:

@@ -53,7 +53,9 @@ SELECT (SELECT count(*) FROM renewed),
            SELECT id FROM llmtasks_task
            WHERE owner_id = %(id)s AND status = 'running' AND cancel_requested_at IS NOT NULL
        ),
-       clock_timestamp()
+       clock_timestamp(),
+       (SELECT count(*) FROM llmtasks_worker
+        WHERE lease_until > clock_timestamp() AND role IN ('web', 'worker'))
 """
 
 # What this process owns but does not run (a write was lost with its connection) is given to
@@ -113,6 +115,8 @@ class Pulse:
     # The process was told to end.
     is_draining: bool = False
     clock_offset: timedelta = timedelta(0)
+    # Processes that call vendors, this one included.
+    live: int = 1
     # Held for a beat: a thread that needs an id may make one too.
     lock: threading.RLock = field(default_factory=threading.RLock)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -160,7 +164,7 @@ class Pulse:
             self.renewed_at = before
         due = self.must_renew or before - self.renewed_at >= settings.LLMTASKS["RENEW_S"]
         self.must_renew = False
-        renewed, version, cancelled, clock = self.execute(BEAT, due=due)[0]
+        renewed, version, cancelled, clock, self.live = self.execute(BEAT, due=due)[0]
         self.clock_offset = clock - datetime.now(UTC)
         if due and renewed:
             self.renewed_at = before
@@ -324,6 +328,11 @@ def config_version() -> int:
 def config_is_fresh() -> bool:
     """Whether what was cached under `config_version` may still be used."""
     return time.monotonic() - start().read_at < CONFIG_VALID_S
+
+
+def live_processes() -> int:
+    """How many processes call vendors now, as the last beat saw them."""
+    return max(1, start().live)
 
 
 def require_postgres() -> None:

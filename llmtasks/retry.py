@@ -61,20 +61,29 @@ class Next:
 def choose(
     candidates: Sequence[Candidate], tries: Sequence[Try], *, is_patient: bool
 ) -> Next | None:
-    """The next call, or None where the last error stands.
+    """The next call, or None where the last error stands."""
+    return next(iter(options(candidates, tries, is_patient=is_patient)), None)
+
+
+def options(
+    candidates: Sequence[Candidate], tries: Sequence[Try], *, is_patient: bool
+) -> list[Next]:
+    """The next call, and after it what may be called in its place. Empty where the last error
+    stands.
 
     Queued work is patient: a vendor's 429 is no failed try. Where somebody waits it is one.
     """
     tries = [t for t in tries if not t.is_ours]
     if tries and not (tries[-1].error.retryable or tries[-1].error.try_next):
-        return None
+        return []
     if sum(not (t.is_limit and is_patient) for t in tries) >= MAX_ATTEMPTS:
-        return None
+        return []
     usable = [c for c in candidates if not is_ruled_out(c, candidates, tries)]
     if not usable:
-        return None
-    best = min(usable, key=lambda c: rounds(of(c, tries)))
-    return Next(best, wait_s(of(best, tries)))
+        return []
+    best, *others = sorted(usable, key=lambda c: rounds(of(c, tries)))
+    instead = [Next(c, 0.0) for c in others if not of(c, tries)]
+    return [Next(best, wait_s(of(best, tries))), *instead]
 
 
 def of(candidate: Candidate, tries: Sequence[Try]) -> list[Try]:

@@ -7,7 +7,8 @@ database. While Postgres is away the last snapshot holds for as long as the puls
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from django.db import OperationalError
@@ -38,8 +39,16 @@ class Candidate:
     credential: str
     price_family: str
     is_paused: bool
+    # The vendor refused the account's credential, or this model to it.
+    is_refused: bool
     context_window: int | None
     max_output_tokens: int | None
+    # Unit → amount a minute, as the vendor's answers told last.
+    vendor_limits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_usable(self) -> bool:
+        return not (self.is_paused or self.is_refused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,7 @@ class Route:
     name: str
     kind: str
     candidates: tuple[Candidate, ...]
+    hedges: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +98,35 @@ def read(version: int) -> Snapshot:
             log.error(
                 "a candidate can't be used", extra={"candidate": str(row), "error": str(error)}
             )
+    rows_of = {row.pk: row for row in RouteRow.objects.filter(is_active=True)}
     routes = {
-        row.name: Route(name=row.name, kind=row.kind, candidates=tuple(candidates.get(row.pk, ())))
-        for row in RouteRow.objects.filter(is_active=True)
+        row.name: Route(
+            name=row.name,
+            kind=row.kind,
+            candidates=tuple(with_fallbacks(row, rows_of, candidates)),
+            hedges=row.hedges,
+        )
+        for row in rows_of.values()
     }
     paused = dict(ProviderRow.objects.values_list("name", "is_paused"))
     return Snapshot(version=version, routes=routes, providers=paused)
+
+
+def with_fallbacks(
+    row: RouteRow, rows_of: Mapping[int, RouteRow], candidates: Mapping[int, list[Candidate]]
+) -> Iterator[Candidate]:
+    """The route's own candidates, then those of the routes that it falls back to, each once."""
+    seen, given = set(), set()
+    next_: RouteRow | None = row
+    while next_ is not None and next_.pk not in seen:
+        seen.add(next_.pk)
+        for known in candidates.get(next_.pk, ()):
+            if (known.provider, known.model) not in given:
+                given.add((known.provider, known.model))
+                yield known
+        next_ = rows_of.get(next_.fallback_id or 0)
+        if next_ is not None and next_.pk in seen:
+            log.error("a fallback leads back to its route", extra={"route": row.name})
 
 
 def candidate(chosen: RouteCandidate) -> Candidate:
@@ -106,6 +139,8 @@ def candidate(chosen: RouteCandidate) -> Candidate:
         credential=row.credential,
         price_family=row.price_family or row.name,
         is_paused=row.is_paused,
+        is_refused=bool(row.refused_at or chosen.model.refused_at),
+        vendor_limits=chosen.model.vendor_limits,
         context_window=chosen.model.context_window,
         max_output_tokens=chosen.model.max_output_tokens,
     )

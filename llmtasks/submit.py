@@ -148,7 +148,7 @@ def make(work: Work, mode: str) -> Task:
     start = max(now, work.run_at or now)
     if start - now > MAX_AHEAD:
         raise InvalidInput("run_at is more than a year ahead", param="run_at")
-    chosen = next((c for c in candidates if not c.is_paused), candidates[0])
+    chosen = next((c for c in candidates if c.is_usable), candidates[0])
     task = Task(
         id=uuid7(),
         tenant_id=work.tenant_id,

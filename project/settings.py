@@ -223,6 +223,14 @@ LLMTASKS = {
         most=1.0,
         kind=float,
     ),
+    "INTERACTIVE_RESERVE": env.number(
+        "INTERACTIVE_RESERVE",
+        0.5,
+        "Share of each limit's burst that background lanes leave to whoever waits (0 to 0.9)",
+        least=0.0,
+        most=0.9,
+        kind=float,
+    ),
     "LEASE_S": env.seconds(
         "LEASE_S", 30, "Seconds after which a process without a sign of life loses its tasks"
     ),

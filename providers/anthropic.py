@@ -35,6 +35,7 @@ from providers.types import (
     Thinking,
     ToolCall,
     ToolResult,
+    Usage,
 )
 
 DEFAULT_VERSION: Final = "2026-10-21"
@@ -85,6 +86,10 @@ class Anthropic(Provider):
             lambda value: type(value) is int and 0 < value <= wire.MAX_TOKENS,
         ),
     }
+
+    def limited_input(self, usage: Usage) -> int:
+        """Reads of the prompt cache don't count ("Rate limits", "Cache-aware ITPM")."""
+        return usage.total_input_tokens - usage.cached_input_tokens
 
     def unsupported(self, request: Request) -> str | None:
         if request.logprobs:

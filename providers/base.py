@@ -22,6 +22,7 @@ from providers.types import (
     ThinkingDelta,
     ToolCall,
     ToolCallDelta,
+    Usage,
 )
 
 
@@ -86,6 +87,10 @@ class Provider:
 
     def __init__(self, account: Account) -> None:
         self.account = account
+
+    def limited_input(self, usage: Usage) -> int:
+        """The input tokens of a call that count towards the vendor's rate limits."""
+        return usage.total_input_tokens
 
     def unsupported(self, request: Request) -> str | None:
         """The name of the first field of `request` that this adapter can't honour, or None.

@@ -67,6 +67,7 @@ ENDINGS = {
     "ContentFiltered": Told(400, "content_filter"),
     "Unsupported": Told(400, "unsupported_parameter"),
     "DeadlineExceeded": Told(504, "deadline_exceeded"),
+    "LimitReached": Told(429, "rate_limit_exceeded"),
     "Interrupted": Told(503, "interrupted"),
     "Cancelled": Told(409, "cancelled"),
     "ClientLeft": Told(499, "client_left"),

@@ -1,7 +1,8 @@
 """The limiter's script in Redis, and what takes its place while Redis is away.
 
-A command waits 100 ms at the most and is sent once. After a failure nobody asks for a second; then
-one caller tries again while the others go on without.
+A command waits 100 ms at the most and is sent once. After a failure one caller asks again each
+quarter of a second, the others don't. Only after a second Redis is taken for away: a server that
+was slow once is no reason to leave what all processes hold together.
 """
 
 import logging
@@ -21,7 +22,8 @@ from redis.retry import Retry
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 0.1
-AWAY_S = 1.0
+AGAIN_S = 0.25
+AWAY_AFTER_S = 1.0
 # A command's way through a cluster: every key of ours has this tag.
 PLACE = "{limits}:epoch"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_text(encoding="utf-8")
@@ -49,31 +51,38 @@ def script() -> Any:
 
 
 class Outage:
-    """Whether Redis is taken for away, and who tries next."""
+    """Since when Redis gives no answer, and who asks next."""
 
     def __init__(self) -> None:
-        self.is_away = False
+        self.since: float | None = None
         self.again_at = float("-inf")
         self.lock = threading.Lock()
 
+    @property
+    def is_away(self) -> bool:
+        since = self.since
+        return since is not None and time.monotonic() - since >= AWAY_AFTER_S
+
     def may_ask(self) -> bool:
-        if not self.is_away:
+        if self.since is None:
             return True
         with self.lock:
             if time.monotonic() < self.again_at:
                 return False
-            # This caller tries; the others wait for what it finds.
-            self.again_at = time.monotonic() + AWAY_S
+            # This caller asks; the others wait for what it finds.
+            self.again_at = time.monotonic() + AGAIN_S
             return True
 
     def found(self, error: Exception | None) -> None:
-        was_away, self.is_away = self.is_away, error is not None
-        if error is not None:
-            self.again_at = time.monotonic() + AWAY_S
-        if error is not None and not was_away:
-            log.error("the limiter can't reach Redis: local shares", extra={"error": str(error)})
-        elif error is None and was_away:
-            log.warning("the limiter reaches Redis again")
+        if error is None:
+            if self.since is not None:
+                log.warning("the limiter reaches Redis again")
+            self.since = None
+            return
+        self.again_at = time.monotonic() + AGAIN_S
+        if self.since is None:
+            self.since = time.monotonic()
+            log.error("the limiter can't reach Redis", extra={"error": str(error)})
 
 
 outage = Outage()

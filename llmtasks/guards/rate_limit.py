@@ -245,8 +245,8 @@ def put_granted(grant: Grant, answer: dict[str, Any]) -> None:
 
 def acquire_locally(grant: Grant) -> Refusal | None:
     """This process's share of each limit, while Redis is away."""
-    if not grant.is_urgent:
-        return Refusal(AWAY_WAIT_S, "away")
+    if not (grant.is_urgent and meters.outage.is_away):
+        return Refusal(meters.AGAIN_S if grant.is_urgent else AWAY_WAIT_S, "away")
     wait_s = shares.take(grant.attempt_id, [(m.key, m.rule, m.pace) for m in grant.meters])
     if wait_s > 0:
         return Refusal(wait_s, "limit")

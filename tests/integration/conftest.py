@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmtasks import pricing, pulse, queues, routing, stores
+from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.models import Provider
 from providers.sandbox import Sandbox
 from tests import factories
@@ -25,6 +26,11 @@ def forget(_django_db_marker: None) -> Iterator[None]:
     routing._snapshot = None
     pricing._prices = None
     queues._away_until = 0.0
+    rules._rules = None
+    meters.outage = meters.Outage()
+    rate_limit.leases = rate_limit.Leases()
+    rate_limit._stats.clear()
+    shares._free_at.clear()
     yield
     pulse.stop()
 

@@ -45,8 +45,10 @@ def outcome(**fields) -> Outcome:
 
 
 def begin(task: Task, number: int = 1, cost: Decimal | None = Decimal(1)) -> UUID:
-    return ledger.begin(
+    attempt_id = uuid7()
+    ledger.begin(
         task,
+        attempt_id=attempt_id,
         step=0,
         number=number,
         provider="sandbox",
@@ -55,6 +57,7 @@ def begin(task: Task, number: int = 1, cost: Decimal | None = Decimal(1)) -> UUI
         cost_state=CostState.UNPRICED if cost is None else CostState.ESTIMATED,
         price_id=None,
     )
+    return attempt_id
 
 
 def running(**fields) -> Task:

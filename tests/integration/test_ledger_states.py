@@ -19,6 +19,7 @@ from llmtasks import dispatch, execute, ledger, queues, sweep
 from llmtasks.errors import Conflict, Lost
 from llmtasks.ledger import End, Outcome
 from llmtasks.models import FINAL, Attempt, CostState, Status, Task, Worker
+from llmtasks.turns import Turns
 from providers.types import Usage
 from tests import factories
 
@@ -68,7 +69,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def release(self) -> None:
-        hints = dispatch.pick({("sandbox", "default"): 5}, {})
+        hints = dispatch.pick({("sandbox", "default"): 5}, Turns())
         assert all(hint.task_id == self.id for hint in hints)
         self.moved()
 
@@ -88,13 +89,16 @@ class Life(RuleBasedStateMachine):
         run = self.pick(lambda r: r.open is None, which)
         number = 1 + Attempt.objects.filter(task_id=self.id).count()
         state = CostState.UNPRICED if cost is None else CostState.ESTIMATED
+        attempt_id = uuid7()
         try:
-            run.open = ledger.begin(
-                run.task, step=0, number=number, provider="sandbox", model="m",
-                estimate=cost, cost_state=state, price_id=None,
+            ledger.begin(
+                run.task, attempt_id=attempt_id, step=0, number=number,
+                provider="sandbox", model="m", estimate=cost, cost_state=state, price_id=None,
             )  # fmt: skip
         except Lost:
             self.runs.remove(run)
+        else:
+            run.open = attempt_id
         self.moved()
 
     @precondition(lambda self: any(r.open for r in self.runs))

@@ -296,9 +296,12 @@ def test_without_redis_each_process_keeps_to_its_share(
     monkeypatch.setattr(meters, "script", lambda: unreachable)
     monkeypatch.setattr(meters, "outage", meters.Outage())
     shares._free_at.clear()
-    background = take(urgent=False)
+    background, urgent = take(urgent=False), take()
     assert isinstance(background, Refusal)
-    assert background.why == "away"
+    assert isinstance(urgent, Refusal)
+    assert {background.why, urgent.why} == {"away"}
+    assert not rate_limit.is_degraded()
+    time.sleep(meters.AWAY_AFTER_S)
     first = take()
     assert isinstance(first, Refusal)
     time.sleep(first.wait_s)
@@ -306,6 +309,7 @@ def test_without_redis_each_process_keeps_to_its_share(
     assert isinstance(local, Grant)
     assert local.is_local
     assert isinstance(take(), Refusal)
+    assert isinstance(take(urgent=False), Refusal)
     assert rate_limit.is_degraded()
 
 

@@ -24,6 +24,7 @@ def candidate(provider: str, model: str = "m", window: int | None = None) -> Can
         credential="",
         price_family=provider,
         is_paused=False,
+        is_refused=False,
         context_window=window,
         max_output_tokens=None,
     )

@@ -1,0 +1,100 @@
+"""Admission: which candidate a try goes to, and when: its limits, breaker and gate let it through.
+
+Whose turn it is comes first; where it is refused, another candidate that has room is called at
+once. Waiting is not failing: nothing of it is a try. Queued work waits a moment in its worker, then
+in Postgres; inline work waits for as long as its deadline leaves.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from uuid_utils.compat import uuid7
+
+from llmtasks import ledger
+from llmtasks.bodies import AnyRequest
+from llmtasks.context import Context, drop_error
+from llmtasks.errors import LimitReached, NoProvider, Snooze
+from llmtasks.guards import rate_limit
+from llmtasks.guards.rate_limit import Grant, Refusal
+from llmtasks.ledger import End
+from llmtasks.models import Lane, Mode, Status
+from llmtasks.retry import Next
+from llmtasks.routing import Candidate
+from providers.errors import ProviderError
+from providers.types import Request
+
+# How long queued work waits in its worker before it goes back to waiting.
+PATIENCE_S = 2.0
+# Those that were refused together do not ask again together.
+SPREAD = 0.1
+
+
+def admit(
+    options: Sequence[Next], request: AnyRequest, context: Context, failed: ProviderError | None
+) -> tuple[Candidate, Grant]:
+    """Take all limits of the first option that has room, waiting for it where need be.
+
+    `failed` is the error of the try before. Raises it where a call again would be one too many;
+    `LimitReached` or `NoProvider` (inline), `Snooze` (the task is back in `waiting`), or why the
+    call was dropped.
+    """
+    began = time.monotonic()
+    while True:
+        refusals = []
+        for option in options:
+            grant = ask(option.candidate, request, context, is_again=failed is not None)
+            refusal = rate_limit.acquire(grant)
+            if refusal is None:
+                return option.candidate, grant
+            refusals.append(refusal)
+        wait_s = min(refusal.wait_s for refusal in refusals)
+        if context.task.mode == Mode.QUEUED:
+            if time.monotonic() + wait_s > began + PATIENCE_S:
+                go_back(context, wait_s)
+        else:
+            check_patience(refusals, context, failed)
+        context.pause(wait_s * (1 + random.uniform(0, SPREAD)))  # noqa: S311 - no secret
+        if context.dropped:
+            raise drop_error(context)
+
+
+def ask(candidate: Candidate, request: AnyRequest, context: Context, *, is_again: bool) -> Grant:
+    """What the call asks the limiter for."""
+    task = context.task
+    most = request.max_output_tokens if isinstance(request, Request) else 0
+    need = rate_limit.need_of(candidate.provider, candidate.model, len(task.body), most)
+    return rate_limit.grant_for(
+        uuid7(), candidate.provider, candidate.model, task.tenant_id, task.key_id, need,
+        is_urgent=task.mode == Mode.INLINE or task.lane == Lane.INTERACTIVE,
+        is_again=is_again, left_s=context.left_s,
+    )  # fmt: skip
+
+
+def go_back(context: Context, wait_s: float) -> NoReturn:
+    """Back to waiting: no worker is held meanwhile."""
+    ledger.end_running(context.task, End(status=Status.WAITING, wait_s=wait_s))
+    raise Snooze(wait_s)
+
+
+def check_patience(
+    refusals: Sequence[Refusal], context: Context, failed: ProviderError | None
+) -> None:
+    """Raise what ends an inline call that can't wait for any of these."""
+    soonest = min(refusals, key=lambda refusal: refusal.wait_s)
+    if all(refusal.why == "breaker" for refusal in refusals):
+        raise NoProvider(
+            f"no provider of {context.task.route!r} is healthy now", retry_after=soonest.wait_s
+        )
+    if failed is not None and all(refusal.why in ("retries", "breaker") for refusal in refusals):
+        raise failed
+    if soonest.wait_s >= context.left_s:
+        context.refusal = soonest
+        raise LimitReached(limit_text(soonest), retry_after=soonest.wait_s)
+
+
+def limit_text(refusal: Refusal) -> str:
+    if refusal.rule is not None and refusal.rule.is_own:
+        return f"rate limit reached ({refusal.rule.name}): there is room in {refusal.wait_s:.1f} s"
+    return f"the provider's rate limit is reached: there is room in {refusal.wait_s:.1f} s"
