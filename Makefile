@@ -2,7 +2,7 @@
 # VENV=/path to use an environment of your own as it is, PYTHON=/path to choose the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint format types imports migrations check bench manage lock clean venv venv-dev
+.PHONY: help up down test lint format types imports migrations check bench chaos manage lock clean venv venv-dev
 
 ifeq ($(origin VENV), undefined)
 VENV := .venv
@@ -60,6 +60,9 @@ check: lint types imports migrations test ## all of the above
 
 bench: venv-dev ## load tests; tables on the screen, JSON under .data/bench
 	@exec $(python) -m project.stack --data .data/bench/servers run --durable -- $(python) -m tests.benchmarks $(ARGS)
+
+chaos: venv-dev ## proofs by killing things; tables on the screen, JSON under .data/bench
+	@exec $(python) -m project.stack --data .data/bench/servers run --durable -- $(python) -m tests.chaos $(ARGS)
 
 lock: ## resolve pyproject.toml anew into the two lock files (needs uv)
 	@$(UV) pip compile --quiet --universal --generate-hashes --no-header pyproject.toml -o requirements.lock

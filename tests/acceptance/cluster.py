@@ -68,7 +68,10 @@ class Cluster:
         first_port: int = FIRST_PORT,
         settings: Mapping[str, str] | None = None,
         names: Sequence[str] = NAMES,
+        copies: Mapping[str, int] | None = None,
     ) -> None:
+        """`copies`: how many there are of a program, `{"worker-default": 2}`; the second is named
+        `worker-default-2`."""
         self.folder = folder
         self.database_url = database_url
         port = free_port(first_port)
@@ -84,9 +87,19 @@ class Cluster:
             "SANDBOX_URL": self.sandbox_url,
             **(settings or {}),
         }
-        places = Places(port=port, sandbox_port=sandbox_port, web_workers=1, web_threads=64)
+        places = Places(
+            port=port,
+            sandbox_port=sandbox_port,
+            web_workers=1,
+            web_threads=64,
+            beat_schedule=str(folder / "beat-schedule"),
+        )
         table = {p.name: p.command for p in programs(sys.executable, places)}
-        self.commands = {name: table[name] for name in names}
+        self.commands = {
+            name if number == 1 else f"{name}-{number}": table[name]
+            for name in names
+            for number in range(1, (copies or {}).get(name, 1) + 1)
+        }
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.api = httpx.Client(
             base_url=self.base_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30.0
@@ -251,25 +264,29 @@ class Cluster:
                 return False
             if "sandbox" in self.commands:
                 httpx.get(f"{self.sandbox_url}/healthz").raise_for_status()
-            wanted = {name.removeprefix("worker-") for name in self.commands if "worker-" in name}
-            return self.lanes() >= wanted and ("dispatcher" not in self.commands or self.is_led())
+            workers = {name for name in self.commands if name.startswith("worker-")}
+            return workers <= self.serving() and (not self.of("dispatcher") or self.is_led())
         return False
 
-    def lanes(self) -> set[str]:
-        """The lanes in which a live worker lists the sandbox's queue."""
+    def of(self, program: str) -> list[str]:
+        """The names of a program's copies."""
+        return [name for name in self.commands if re.fullmatch(rf"{program}(-\d+)?", name)]
+
+    def serving(self) -> set[str]:
+        """The workers that are alive and list the sandbox's queue of their lane."""
         rows = self.rows(
-            "SELECT lane, pid FROM llmtasks_worker WHERE role = 'worker'"
+            "SELECT pid FROM llmtasks_worker WHERE role = 'worker'"
             " AND lease_until > clock_timestamp() AND queues ? ('sandbox.' || lane)"
         )
-        mine = {process.pid for process in self.running.values()}
-        return {lane for lane, pid in rows if pid in mine}
+        serve = {pid for (pid,) in rows}
+        return {name for name, process in self.running.items() if process.pid in serve}
 
     def is_led(self) -> bool:
         rows = self.rows(
             "SELECT w.pid FROM llmtasks_config c JOIN llmtasks_worker w ON w.id = c.leader"
             " WHERE c.leader_until > clock_timestamp()"
         )
-        return bool(rows) and rows[0][0] == self.running["dispatcher"].pid
+        return bool(rows) and rows[0][0] in {self.running[n].pid for n in self.of("dispatcher")}
 
 
 def chat(model: str, text: str = "hello", **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""`python -m tests.chaos`: runs proofs, prints their tables, writes their figures as JSON."""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from project.stack import processes
+from project.stack.errors import Stopped
+from tests.acceptance.cluster import Cluster
+from tests.benchmarks import machine, tables
+
+ROOT = Path(__file__).parents[2]
+# What each proves; the modules are in this package.
+PROOFS = {
+    "kills": "kill -9 of every program again and again, beside plain Celery",
+}
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        epilog="; ".join(f"{name}: {meaning}" for name, meaning in PROOFS.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROOFS)}; or all")
+    parser.add_argument("--short", action="store_true", help="a small form, under 90 s each")
+    parser.add_argument("--out", type=Path, default=ROOT / ".data" / "bench")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - set(PROOFS):
+        parser.error(f"no such proof: {', '.join(sorted(unknown))}")
+    return given
+
+
+def main() -> int:
+    given = options()
+    for name in ("DATABASE_URL", "REDIS_URL"):
+        if not os.environ.get(name):
+            raise SystemExit(f"{name} is not set: run `make chaos`, which starts servers")
+    given.out.mkdir(parents=True, exist_ok=True)
+    # A signal to end is an exception, so that all that was started is ended.
+    processes.raise_on_signals()
+    held = [prove(name, given.short, given.out) for name in given.names or PROOFS]
+    return 0 if all(held) else 1
+
+
+def prove(name: str, is_short: bool, out: Path) -> bool:
+    """Run one proof; whether every condition held."""
+    module = importlib.import_module(f"tests.chaos.{name}")
+    say(f"{name}: {PROOFS[name]}…")
+    folder = Path(tempfile.mkdtemp(prefix=f"llmtasks-chaos-{name}-"))
+    began = time.monotonic()
+    facts = machine.facts(os.environ["DATABASE_URL"])
+    try:
+        found = module.run(partial(clusters, folder), is_short)
+    except BaseException:
+        say(f"{name} broke off; logs are in {folder}")
+        raise
+    holds = {condition: bool(check(found)) for condition, check in module.CONDITIONS.items()}
+    seconds = round(time.monotonic() - began, 1)
+    result = {**facts, "short": is_short, "seconds": seconds, **found, "conditions": holds}
+    path = out / f"chaos-{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    show(name, module, found, holds)
+    say(f"{seconds:.0f} s; {path}")
+    if all(holds.values()):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        say(f"logs are in {folder}")
+    return all(holds.values())
+
+
+def clusters(folder: Path, number: int = 0, **given: Any) -> AbstractContextManager[Cluster]:
+    """`Cluster.fresh` with its logs in a folder of its own."""
+    return Cluster.fresh(Path(tempfile.mkdtemp(dir=folder)), number, **given)
+
+
+def show(name: str, module: Any, found: Mapping[str, Any], holds: Mapping[str, bool]) -> None:
+    say("\n" + tables.table(name, module.rows(found), module.COLUMNS))
+    for condition, held in holds.items():
+        say(f"  {'holds ' if held else 'FAILED'}  {condition}")
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except Stopped:
+        raise SystemExit(130) from None

@@ -1,0 +1,161 @@
+"""kill -9 of workers, dispatchers, web and beat, again and again, while tasks come in and run.
+
+Each kill comes in the middle of a burst: its share of the tasks is sent, and a moment later, while
+some are on their way in, some released and some with the vendor, a program is killed. The same
+load then goes to plain Celery (`control.py`), whose workers are killed as often.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from tests.acceptance.cluster import LANES, NAMES, Cluster, chat
+from tests.chaos import audit, control
+from tests.chaos.bursts import Bursts, Size, victims
+from tests.chaos.submit import Submitter, until
+
+# Long enough to be hit, short enough for many: a kill finds calls under way and hints on the way.
+MODELS = (
+    *("echo", "slow-20", "slow-50", "slow-100", "slow-200", "slow-200", "flaky-1"),
+    *("claude-echo", "claude-slow-20", "claude-slow-100", "claude-slow-200", "claude-slow-200"),
+)
+SEED = 20
+# So long a burst waits for its victim to come back and work.
+WORK_S = 8.0
+
+RUNS = """
+SELECT 1 FROM llmtasks_task t JOIN llmtasks_worker w ON w.id = t.owner_id
+WHERE t.status = 'running' AND w.pid = %s LIMIT 1
+"""
+
+
+FULL = Size(
+    tasks=20_000,
+    kills=220,
+    copies=2,
+    kill_after_s=(0.0, 0.3),
+    down_s=(0.0, 0.5),
+    up_s=(0.2, 1.5),
+    patience_s=180.0,
+)
+SHORT = Size(
+    tasks=1000,
+    kills=20,
+    copies=1,
+    kill_after_s=(0.0, 0.2),
+    down_s=(0.0, 0.2),
+    up_s=(0.0, 0.4),
+    patience_s=40.0,
+)
+
+CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "as many kills as were meant": lambda f: sum(f["killed"].values()) >= f["size"]["kills"],
+    "calls were under way when something died": lambda f: (
+        f["ours"]["attempt_states"].get("unknown", 0) > 0
+    ),
+    "every task was taken by the API": lambda f: f["ours"]["tasks"] == f["size"]["tasks"],
+    "lost = 0": lambda f: f["ours"]["lost"] == 0,
+    "finished exactly once: all": lambda f: f["ours"]["finished_once"] == f["size"]["tasks"],
+    "no final state was left": lambda f: f["ours"]["finished_again"] == 0,
+    "failed, but for five calls that died = 0": lambda f: f["ours"]["failed_otherwise"] == 0,
+    "one key, one task": lambda f: (
+        f["submitted"]["changed"] == f["ours"]["not_asked_for"] == f["ours"]["vendor_only"] == 0
+    ),
+    "settled as billed more than once = 0": lambda f: f["ours"]["billed_twice"] == 0,
+    "succeeded without a bill = 0": lambda f: f["ours"]["answered_unbilled"] == 0,
+    "overlapping calls of one task = 0": lambda f: f["ours"]["overlaps"] == 0,
+    "answers of the vendor that no attempt shows = 0": lambda f: (
+        f["ours"]["answers_unaccounted"] == f["ours"]["calls_without_attempt"] == 0
+    ),
+    "every settled attempt was a call": lambda f: f["ours"]["attempts_without_call"] == 0,
+    "cost = sum over attempts": lambda f: f["ours"]["sums_wrong"] == 0,
+    "attempts left open, tasks left owned = 0": lambda f: (
+        f["ours"]["left_open"] == f["ours"]["still_owned"] == 0
+    ),
+}
+
+COLUMNS = {
+    "name": "",
+    "tasks": "tasks",
+    "kills": "kills",
+    "lost": "lost",
+    "answered_again": "answered again",
+    "billed_twice": "billed twice",
+    "overlaps": "overlaps",
+    "seconds": "s",
+}
+
+
+def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    kills = sum(found["killed"].values())
+    ours = {"name": "llmtasks", "kills": kills, **found["ours"]}
+    plain = {"name": "plain Celery", "billed_twice": None, **found["control"]}
+    return [{field: row[field] for field in COLUMNS} for row in (ours, plain)]
+
+
+def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool) -> dict[str, Any]:
+    size = SHORT if is_short else FULL
+    dice = random.Random(SEED)
+    bodies = [
+        chat(dice.choice(MODELS), f"task {n}", lane=LANES[n % 3], metadata={"n": n})
+        for n in range(size.tasks)
+    ]
+    copies = {"worker-default": size.copies, "dispatcher": size.copies}
+    with clusters(names=(*NAMES, "beat"), copies=copies) as cluster:
+        cluster.manage("seed_demo", "--route", "slow-20")
+        audit.install(cluster)
+        names = [name for name in cluster.commands if name != "sandbox"]
+        order = victims(names, size.kills, SEED)
+        found = ours(cluster, bodies, size, order)
+        place = control.Place(cluster.folder, cluster.environment["REDIS_URL"], cluster.environment)
+    found["control"] = control.run(place, bodies, size, order)
+    return {"size": asdict(size), "killed": dict(Counter(order)), **found}
+
+
+def ours(
+    cluster: Cluster, bodies: list[dict[str, Any]], size: Size, order: list[str]
+) -> dict[str, Any]:
+    bursts = Bursts(size, SEED)
+    began = time.monotonic()
+    with Submitter(cluster.base_url, bodies, bursts.may_send) as submitter:
+
+        def wait_for_work(name: str) -> None:
+            taken = len(submitter.ids)
+            until(lambda: is_at_work(cluster, name, len(submitter.ids) > taken), WORK_S, 0.02)
+
+        bursts.run(order, cluster.kill9, cluster.start, wait_for_work)
+        loop_s = round(time.monotonic() - began, 1)
+        cluster.start_all()
+        until(lambda: submitter.is_done, size.patience_s)
+        until(lambda: audit.finished(cluster) >= size.tasks, size.patience_s)
+    seconds = round(time.monotonic() - began, 1)
+    return {
+        "submitted": {"answers": dict(submitter.answers), "changed": len(submitter.changed)},
+        "ours": {
+            **audit.figures(cluster, submitter.ids),
+            "failed_otherwise": failed_otherwise(cluster),
+            "kill_loop_s": loop_s,
+            "seconds": seconds,
+        },
+    }
+
+
+def is_at_work(cluster: Cluster, name: str, has_taken: bool) -> bool:
+    """A worker runs a task, the web server takes some; the others are never idle."""
+    if name.startswith("worker"):
+        return bool(cluster.rows(RUNS, [cluster.running[name].pid]))
+    return has_taken or name != "web"
+
+
+def failed_otherwise(cluster: Cluster) -> int:
+    """Tasks that did not succeed although they had not used up their five attempts."""
+    return int(
+        cluster.rows(
+            "SELECT count(*) FROM llmtasks_task WHERE metadata ? 'n'"
+            " AND status <> 'succeeded' AND attempts < 5"
+        )[0][0]
+    )
