@@ -11,6 +11,7 @@ from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.models import Provider
 from providers.sandbox import Sandbox
 from tests import factories
+from tests.admin_pages import everything, login, provider, steered, tenant  # noqa: F401
 
 
 @pytest.fixture(scope="session")
