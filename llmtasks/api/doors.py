@@ -5,9 +5,10 @@ is bound to.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -32,6 +33,9 @@ AnyHttp = TypeVar("AnyHttp", bound=HttpResponseBase)
 JSON_TYPES = re.compile(r"(application/([a-z.-]+\+)?json)?\s*(;|\Z)", re.IGNORECASE)
 VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}\Z")
 READ_AT_ONCE = 65_536
+# So much earlier than the caller hangs up he is to have his answer: a second, or a tenth of a
+# shorter wait.
+BEFORE_HANG_UP_S = 1.0
 # So much of a body that is too large is read and thrown away, so that its sender, who may not
 # listen before all is sent, hears why.
 DRAINED_BODIES = 3
@@ -117,17 +121,20 @@ def too_large(limit: int) -> BodyTooLarge:
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """RFC 7240's `Prefer`, as far as it is honoured here. `wait` is in seconds."""
+    """RFC 7240's `Prefer`, as far as it is honoured here. `wait` is in seconds, as is the most
+    that the caller's `patience` allows."""
 
     respond_async: bool = False
     wait: float | None = None
+    patience: float = math.inf
 
 
 def preferences_of(request: Request) -> Preferences:
     """What can't be read is passed over, as the RFC has it."""
+    patience = patience_of(request)
     text = request._request.META.get("HTTP_PREFER")
     if not text:
-        return Preferences()
+        return Preferences(patience=patience)
     respond_async, wait = False, None
     for item in text.split(","):
         name, _, value = item.partition(";")[0].partition("=")
@@ -135,8 +142,20 @@ def preferences_of(request: Request) -> Preferences:
         if name == "respond-async":
             respond_async = True
         elif name == "wait" and value.isascii() and value.isdigit() and len(value) < 10:
-            wait = min(float(value), settings.LLMTASKS["MAX_WAIT_S"])
-    return Preferences(respond_async, wait)
+            wait = min(float(value), settings.LLMTASKS["MAX_WAIT_S"], patience)
+    return Preferences(respond_async, wait, patience)
+
+
+def patience_of(request: Request) -> float:
+    """How long the caller waits for the first byte of an answer, less what it takes to be there
+    in time. The official clients announce it; what can't be read is passed over."""
+    try:
+        announced = float(request._request.META.get("HTTP_X_STAINLESS_READ_TIMEOUT", "inf"))
+    except ValueError:
+        return math.inf
+    if not announced > 0:
+        return math.inf
+    return announced - min(BEFORE_HANG_UP_S, announced / 10)
 
 
 def idempotency_of(request: Request, raw: bytes, endpoint: str) -> Idempotency | None:
@@ -183,6 +202,15 @@ def work_of(
         stream=stream,
         idempotency=idempotency,
     )
+
+
+def within_patience(work: Work, wishes: Preferences) -> Work:
+    """Inline work whose deadline is not after its caller hangs up: he would ask again, and the
+    first call would be paid for in vain."""
+    if wishes.patience >= submit.MAX_DEADLINE_S:
+        return work
+    wanted = wishes.patience if work.deadline_s is None else min(work.deadline_s, wishes.patience)
+    return replace(work, deadline_s=wanted)
 
 
 def earlier_task(tenant_id: UUID, idempotency: Idempotency | None) -> Task | None:

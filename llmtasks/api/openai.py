@@ -20,6 +20,7 @@ from llmtasks.api.doors import (
     queue,
     read_body,
     tell_replayed,
+    within_patience,
     work_of,
 )
 from llmtasks.api.errors import Ended
@@ -62,9 +63,9 @@ class ChatCompletions(ApiView):
             return tell_replayed(replayed_chat(earlier, body, prefer))
         if in_background:
             return queued(work, prefer)
-        task = submit.inline(work)
         if body.stream:
-            return stream_chat(task, work.request, includes_usage(body))
+            return stream_chat(submit.inline(work), work.request, includes_usage(body))
+        task = submit.inline(within_patience(work, prefer))
         return answered(execute.run(task, work.request, client_socket=socket_of(request)))
 
 
@@ -92,7 +93,7 @@ class Embeddings(ApiView):
             return tell_replayed(replayed(earlier, prefer, as_base64))
         if wants_queue(body, prefer):
             return queued(work, prefer, as_base64)
-        task = submit.inline(work)
+        task = submit.inline(within_patience(work, prefer))
         outcome = execute.run(task, work.request, client_socket=socket_of(request))
         return answered(outcome, as_base64)
 

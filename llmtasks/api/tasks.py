@@ -22,6 +22,7 @@ from llmtasks.api.doors import (
     queue,
     read_body,
     tell_replayed,
+    within_patience,
     work_of,
 )
 from llmtasks.api.errors import problem
@@ -54,7 +55,7 @@ class Tasks(ApiView):
             return tell_replayed(of_earlier(earlier, body, wishes))
         try:
             if body.mode == "inline":
-                return run_inline(work, request)
+                return run_inline(within_patience(work, wishes), request)
             return of_queued(queue(work), body, wishes)
         except InvalidInput as error:
             error.param = within_input(error.param)
@@ -211,7 +212,7 @@ def of_queued(task: Task, body: AnyNewTask, wishes: Preferences) -> HttpResponse
     """202 at once, or 200 if the task is done within the time that the caller waits."""
     wait = wishes.wait
     if wait is None and body.mode != "queued" and not wishes.respond_async:
-        wait = settings.LLMTASKS["AUTO_WAIT_S"]
+        wait = min(settings.LLMTASKS["AUTO_WAIT_S"], wishes.patience)
     if wait is not None and body.run_at is None:
         task = watched(task, wait)
     if wait is None or task.status not in FINAL:

@@ -134,6 +134,18 @@ def test_our_own_tries_are_the_only_ones(cluster: Cluster, client: openai.OpenAI
     assert [task["id"] for task in tasks] == [task_id]
 
 
+def test_its_own_timeout_is_the_deadline(cluster: Cluster, client: openai.OpenAI):
+    """It hears of it in time, and does not ask again."""
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(
+            model="slow-20000", messages=MESSAGES, metadata={"feature": "timeout"}, timeout=2
+        )
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    found = cluster.api.get("/v1/tasks", params={"metadata.feature": "timeout"})
+    [task] = found.json()["data"]
+    assert (task["error"]["class"], task["attempts"]) == ("DeadlineExceeded", 1)
+
+
 def test_a_fault_in_the_middle_of_a_stream_is_raised(client: openai.OpenAI):
     with pytest.raises(openai.APIError) as caught:
         list(client.chat.completions.create(model="cut", messages=MESSAGES, stream=True))
