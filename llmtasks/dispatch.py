@@ -1,37 +1,53 @@
 """The dispatcher: releases waiting tasks to the workers, as many as there is room for.
 
-    lead → (each second: sweep) → release: room → pick → mark queued → publish hints
+    lead → (each second: sweep) → release: windows → find who waits → room → choose → mark → publish
 
 One process leads, by a lease; two leaders for a moment are harmless, since every move is a
 conditional UPDATE. A million waiting tasks are rows: what is outstanding in the broker is bounded
-by the workers' slots. No provider holds more than a share of a lane's slots, so that one that
-hangs can't fill it. Within a provider and lane tenants take turns, each its oldest task first.
+by the workers' slots, what is remembered of tenants by `turns.MOST_KNOWN`. Urgent lanes are
+served first from what the limits leave (`room.py`), tenants take turns (`turns.py`).
 """
 
+import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import redis
 from django.conf import settings
 from django.db import OperationalError
-from kombu.exceptions import OperationalError as BrokerError
+from kombu.exceptions import KombuError
 
-from llmtasks import crash, events, pulse, queues, routing, stores
-from llmtasks.models import Status
+from llmtasks import crash, events, pulse, queues, stores
+from llmtasks.guards import rate_limit
+from llmtasks.guards.meters import Away
+from llmtasks.models import Lane, Status
+from llmtasks.room import Limits, Room, windows
 from llmtasks.stores import fetch, redis_client
+from llmtasks.turns import NOBODY, Ask, Head, Line, Place, Turns, choose, share
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 4.0
+LEASE_S = 3.0
 POLL_S = 0.25
-# While more waits than there was room for, and between two rounds at the least.
+# While more waits than there were slots; longer and longer while no slot becomes free.
 BUSY_POLL_S = 0.02
+FULL_POLL_S = 0.1
+# Between two rounds at the least. A round that released so many is followed by the next at once.
 ROUND_S = 0.005
+MANY = 100
+# The most tasks of a place that one round releases, and tenants of a line that it looks at.
+MOST_A_ROUND = 500
+MOST_SEEN = 500
+# Tenants beyond the room that are looked at, since some have nothing left.
+SPARE = 16
+# A tenant whose own limits have no room is asked for again after this time.
+PARK_S = 0.5
 SWEEP_S = 1.0
 # After a store failed.
 AWAY_S = 1.0
@@ -46,64 +62,70 @@ RETURNING epoch
 
 RESIGN = "UPDATE llmtasks_config SET leader_until = clock_timestamp() WHERE leader = %(me)s"
 
-WORKERS = """
-SELECT lane, sum(slots), jsonb_agg(queues) FROM llmtasks_worker
-WHERE role = 'worker' AND lease_until > statement_timestamp() GROUP BY lane
-"""
-
-OUTSTANDING = """
-SELECT provider, lane, count(*) FROM llmtasks_task
-WHERE status IN ('queued', 'running') AND mode = 'queued' GROUP BY provider, lane
-"""
-
-# For each provider and lane with room: tenants that have work due there, found by a skip scan over
-# the index which begins after the tenant that had its turn last (part 0) and goes round (part 1);
-# of each its oldest tasks; and of those as many as there is room for, tenants taking turns. Arrays
-# rather than joins: the planner can't tell how few there are, and would read the whole table.
-PICK = """
+# Who waits at each place, by index probes alone: first the routes that wait there, then of each
+# route the tenants after the one that the last search ended at, until as many are found as there is
+# room for. Arrays rather than joins: the planner can't tell how few there are, and would read the
+# whole table.
+FIND = """
 WITH RECURSIVE asked AS (
-    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(rooms)s::int[],
-                         %(last)s::uuid[]) AS r(provider, lane, free, last)
+    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(most)s::int[])
+        AS a(provider, lane, most)
+), remembered AS (
+    SELECT * FROM unnest(%(line_providers)s::text[], %(line_lanes)s::text[],
+        %(line_routes)s::text[], %(cursors)s::uuid[], %(wanted)s::int[])
+        AS r(provider, lane, route, cursor, wanted)
+), lines AS (
+    SELECT provider, lane, most, '' AS route FROM asked
+    UNION ALL
+    SELECT l.provider, l.lane, l.most, n.route FROM lines l CROSS JOIN LATERAL (
+        SELECT route::text FROM llmtasks_task
+        WHERE status = 'waiting' AND provider = l.provider AND lane = l.lane AND route > l.route
+        ORDER BY route LIMIT 1
+    ) n
 ), tenants AS (
-    SELECT provider, lane, free, 0 AS part, last AS tenant_id,
-        'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid AS until, false AS is_due, 0 AS found
-    FROM asked
+    SELECT provider, lane, route,
+        coalesce(cursor, '00000000-0000-0000-0000-000000000000') AS tenant_id,
+        coalesce(wanted, most) AS most, false AS is_due, 0 AS found, 0 AS seen
+    FROM lines LEFT JOIN remembered USING (provider, lane, route) WHERE route <> ''
     UNION ALL
-    SELECT provider, lane, free, 1, '00000000-0000-0000-0000-000000000000', last, false, 0
-    FROM asked
-    UNION ALL
-    SELECT s.provider, s.lane, s.free, s.part, n.tenant_id, s.until, n.is_due,
-        s.found + n.is_due::int
+    SELECT s.provider, s.lane, s.route, n.tenant_id, s.most, n.is_due, s.found + n.is_due::int,
+        s.seen + 1
     FROM tenants s CROSS JOIN LATERAL (
         SELECT tenant_id, not_before <= statement_timestamp() AS is_due FROM llmtasks_task
         WHERE status = 'waiting' AND provider = s.provider AND lane = s.lane
-            AND tenant_id > s.tenant_id AND tenant_id <= s.until
+            AND route = s.route AND tenant_id > s.tenant_id
         ORDER BY tenant_id, not_before LIMIT 1
     ) n
-    WHERE s.found < s.free
-), counted AS (
-    SELECT *, count(*) OVER (PARTITION BY provider, lane) AS tenants FROM tenants WHERE is_due
-), turns AS (
-    SELECT t.id, c.provider, c.lane, c.free, c.part, c.tenant_id,
-        row_number() OVER (PARTITION BY c.provider, c.lane, c.tenant_id ORDER BY t.not_before) turn
-    FROM counted c CROSS JOIN LATERAL (
-        SELECT id, not_before FROM llmtasks_task
-        WHERE status = 'waiting' AND provider = c.provider AND lane = c.lane
-            AND tenant_id = c.tenant_id AND not_before <= statement_timestamp()
-        ORDER BY not_before LIMIT ceil(c.free::numeric / c.tenants)
-    ) t
-), ranked AS (
-    SELECT id, free,
-        row_number() OVER (PARTITION BY provider, lane ORDER BY turn, part, tenant_id) AS place
-    FROM turns
-), picked AS (
+    WHERE s.found < s.most AND s.seen < %(seen)s
+)
+SELECT f.provider, f.lane, f.route, f.tenant_id, f.is_due,
+    f.found >= f.most OR f.seen >= %(seen)s, coalesce(t.weight, 1)
+FROM tenants f LEFT JOIN llmtasks_tenant t ON t.id = f.tenant_id AND f.is_due
+ORDER BY f.seen
+"""
+
+# The oldest due tasks of tenants in their lines.
+HEADS = """
+SELECT h.number, t.id, t.not_before
+FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(routes)s::text[], %(tenants)s::uuid[],
+        %(most)s::int[]) WITH ORDINALITY AS h(provider, lane, route, tenant_id, most, number)
+CROSS JOIN LATERAL (
+    SELECT id, not_before FROM llmtasks_task
+    WHERE status = 'waiting' AND provider = h.provider AND lane = h.lane AND route = h.route
+        AND tenant_id = h.tenant_id AND not_before <= statement_timestamp()
+    ORDER BY not_before LIMIT h.most
+) t
+"""
+
+MARK = """
+WITH picked AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(ARRAY(SELECT id FROM ranked WHERE place <= free)) AND status = 'waiting'
+    WHERE id = ANY(%(ids)s) AND status = 'waiting' AND not_before <= statement_timestamp()
     ORDER BY id FOR UPDATE SKIP LOCKED
 )
-UPDATE llmtasks_task t SET status = 'queued', seq = seq + 1, queued_at = clock_timestamp()
+UPDATE llmtasks_task SET status = 'queued', seq = seq + 1, queued_at = clock_timestamp()
 WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND status = 'waiting'
-RETURNING id, seq, provider, lane, tenant_id, (SELECT place FROM ranked WHERE ranked.id = t.id)
+RETURNING id, seq, provider, lane, tenant_id
 """
 
 PUT_BACK = """
@@ -117,10 +139,15 @@ UPDATE llmtasks_task t SET status = 'waiting', queued_at = NULL
 FROM unsent WHERE t.id = unsent.id
 """
 
-NOBODY = UUID(int=0)
-
-# (provider, lane) → the tenant that had its turn there last.
-Turns = dict[tuple[str, str], UUID]
+LANES = {str(lane): rank for rank, lane in enumerate(Lane.values)}
+# What sending a hint raises: then nothing is half done.
+BROKER_AWAY = (KombuError, redis.RedisError, OSError)
+# Faults of one statement, told by a server that is there.
+OF_A_STATEMENT = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.DeadlockDetected,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,64 +159,145 @@ class Hint:
     tenant_id: UUID
 
 
-def release(turns: Turns) -> tuple[int, bool]:
-    """One round: how many tasks were released, and whether more may wait than there was room.
+def release(turns: Turns, limits: Limits = rate_limit.rooms) -> tuple[int, bool]:
+    """One round: how many tasks were released, and whether more may wait than there were slots.
     `turns` goes from round to round.
 
-    Raises `OperationalError` (Postgres) and `BrokerError`, after which nothing is half done.
+    Raises `OperationalError` (Postgres), `BROKER_AWAY` and `Away` (Redis), after which nothing is
+    half done.
     """
-    rooms, is_full = free_rooms()
-    hints = pick(rooms, turns) if rooms else []
+    slots = windows()
+    hints = pick(slots.free, turns, limits, slots.unbegun) if slots.free else []
     if not hints:
-        return 0, is_full
+        return 0, slots.is_full
     crash.point("dispatch.queued")
     try:
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
-    except (BrokerError, OSError, redis.RedisError):
+    except BROKER_AWAY:
         fetch(PUT_BACK, {"ids": [h.task_id for h in hints]})
         raise
     crash.point("dispatch.published")
-    for hint in hints:
-        events.publish(hint.task_id, "state", {"status": Status.QUEUED})
+    tell(hints)
     return len(hints), True
 
 
-def free_rooms() -> tuple[dict[tuple[str, str], int], bool]:
-    """(provider, lane) → how many more tasks may be outstanding there; whether any is full."""
-    outstanding = {(provider, lane): n for provider, lane, n in fetch(OUTSTANDING)}
-    open_providers = [name for name, paused in routing.snapshot().providers.items() if not paused]
-    rooms, is_full = {}, False
-    for lane, slots, listed in fetch(WORKERS):
-        served = {name for names in stores.loads(listed) for name in names}
-        most = window(int(slots))
-        for provider in open_providers:
-            free = most - outstanding.get((provider, lane), 0)
-            if queues.queue_name(provider, lane) not in served:
-                continue
-            if free > 0:
-                rooms[provider, lane] = free
-            else:
-                is_full = True
-    return rooms, is_full
+def tell(hints: Iterable[Hint]) -> None:
+    """Whoever watches the tasks. At once: two threads that both compute slow each other down."""
+    told = [events.Unsent(hint.task_id, "state", {"status": Status.QUEUED}) for hint in hints]
+    try:
+        events.send(told)
+    except redis.RedisError as error:
+        log.warning("events dropped: Redis is away", extra={"error": str(error)})
 
 
-def window(slots: int) -> int:
-    """How many of a lane's slots one provider may hold."""
-    return max(1, int(slots * settings.LLMTASKS["PROVIDER_SHARE"]))
-
-
-def pick(rooms: dict[tuple[str, str], int], turns: Turns) -> list[Hint]:
+def pick(
+    free: Mapping[Place, int],
+    turns: Turns,
+    limits: Limits = rate_limit.rooms,
+    unbegun: Mapping[str, int] | None = None,
+) -> list[Hint]:
     """Move as many due tasks to `queued` as there is room for, and name them in order."""
-    values: dict[str, Any] = {
-        "providers": [provider for provider, _ in rooms],
-        "lanes": [lane for _, lane in rooms],
-        "rooms": list(rooms.values()),
-        "last": [turns.get(place, NOBODY) for place in rooms],
+    now = time.monotonic()
+    turns.begin_round(now)
+    most = {place: min(count, MOST_A_ROUND) for place, count in free.items()}
+    first = {line: turns.first_in(line, most[line[:2]] + SPARE) for line in find(most, turns)}
+    tenants = {tenant for each in first.values() for tenant in each}
+    room = Room.now({line[2] for line in first}, tenants, unbegun or {}, limits)
+    turns.park((tenant for tenant in tenants if room.of_tenant(tenant) < 1), now + PARK_S)
+    turns.closed = {line for line in first if room.of_route(line[2]) < 1}
+    asks = [
+        ask for place, count in most.items() for ask in asks_at(place, count, first, turns, room)
+    ]
+    heads = find_heads(asks)
+    chosen: list[Head] = []
+    for place in in_order(most, turns.rounds):
+        mine = [head for head in heads if head.ask.line[:2] == place]
+        chosen += choose(mine, turns.stride(place), most[place], room.take)
+    turns.forget_drained(asks, heads, chosen)
+    return mark(chosen)
+
+
+def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
+    """The lines in which somebody waits. Tenants that are found there are remembered."""
+    known = [line for line in turns.lines if line[:2] in most]
+    values = {
+        "providers": [provider for provider, _ in most],
+        "lanes": [lane for _, lane in most],
+        "most": list(most.values()),
+        "line_providers": [provider for provider, _, _ in known],
+        "line_lanes": [lane for _, lane, _ in known],
+        "line_routes": [route for _, _, route in known],
+        "cursors": [turns.lines[line].cursor for line in known],
+        "wanted": [turns.wanted(line, most[line[:2]]) for line in known],
+        "seen": MOST_SEEN,
     }
-    rows = sorted(fetch(PICK, values), key=lambda row: row[5])
-    hints = [Hint(*row[:5]) for row in rows]
-    turns.update({(hint.provider, hint.lane): hint.tenant_id for hint in hints})
-    return hints
+    found: dict[Line, dict[UUID, int]] = {}
+    cursors: dict[Line, UUID] = {}
+    for provider, lane, route, tenant, is_due, goes_on, weight in fetch(FIND, values):
+        line = (provider, lane, route)
+        weights = found.setdefault(line, {})
+        cursors[line] = tenant if goes_on else NOBODY
+        if is_due:
+            weights[tenant] = weight
+    turns.drop(line for line in known if line not in found)
+    for line, weights in found.items():
+        turns.found(line, weights, cursors[line])
+    return list(found)
+
+
+def asks_at(
+    place: Place,
+    most: int,
+    first: Mapping[Line, Sequence[UUID]],
+    turns: Turns,
+    room: Room,
+) -> list[Ask]:
+    """Whose tasks are looked at, and how many of each: the first of each line, and of all lines
+    together as many as there is room for."""
+    pairs: list[tuple[Line, UUID]] = []
+    more: list[tuple[Line, UUID]] = []
+    for line, tenants in first.items():
+        if line[:2] == place:
+            able = [(line, tenant) for tenant in tenants if room.of_tenant(tenant) >= 1]
+            able = able[: int(min(room.of_route(line[2]), len(able)))]
+            pairs += able[:SPARE]
+            more += able[SPARE:]
+    start = turns.stride(place).start
+    pairs += heapq.nsmallest(most, more, key=lambda pair: start(pair[1]))
+    weights = [turns.lines[line].weights[tenant] for line, tenant in pairs]
+    return [
+        Ask(line, tenant, weight, share(most, weight, sum(weights)))
+        for (line, tenant), weight in zip(pairs, weights, strict=True)
+    ]
+
+
+def find_heads(asks: Sequence[Ask]) -> list[Head]:
+    if not asks:
+        return []
+    values = {
+        "providers": [ask.line[0] for ask in asks],
+        "lanes": [ask.line[1] for ask in asks],
+        "routes": [ask.line[2] for ask in asks],
+        "tenants": [ask.tenant_id for ask in asks],
+        "most": [ask.most for ask in asks],
+    }
+    rows = fetch(HEADS, values)
+    return [Head(task_id, asks[number - 1], since) for number, task_id, since in rows]
+
+
+def in_order(places: Iterable[Place], rounds: int) -> list[Place]:
+    """Urgent lanes first; within a lane another provider is first in each round."""
+    ordered = sorted(places)
+    first = rounds % (len(ordered) or 1)
+    return sorted(ordered[first:] + ordered[:first], key=lambda place: LANES[place[1]])
+
+
+def mark(chosen: Sequence[Head]) -> list[Hint]:
+    """`waiting → queued`, for those that still wait."""
+    if not chosen:
+        return []
+    hints = {row[0]: Hint(*row) for row in fetch(MARK, {"ids": [h.task_id for h in chosen]})}
+    return [hints[head.task_id] for head in chosen if head.task_id in hints]
 
 
 @dataclass
@@ -203,7 +311,9 @@ class Dispatcher:
     swept_at: float = float("-inf")
     # Postgres came back: nobody's lease counts as lapsed before this (monotonic).
     patient_until: float = float("-inf")
-    turns: Turns = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
+    # Rounds in a row that found every slot taken.
+    found_full: int = 0
 
     def run(self) -> None:
         """Until `stopped`; survives the absence of either store."""
@@ -214,9 +324,10 @@ class Dispatcher:
                 wait_s = self.turn()
             except OperationalError as error:
                 log.warning("the dispatcher waits for Postgres", extra={"error": str(error)})
-                self.patient_until = time.monotonic() + AWAY_S + settings.LLMTASKS["LEASE_S"]
+                if not isinstance(error.__cause__, OF_A_STATEMENT):
+                    self.patient_until = time.monotonic() + AWAY_S + settings.LLMTASKS["LEASE_S"]
                 wait_s = AWAY_S
-            except (BrokerError, redis.RedisError, OSError) as error:
+            except (*BROKER_AWAY, Away) as error:
                 log.warning("the dispatcher waits for Redis", extra={"error": str(error)})
                 wait_s = AWAY_S
             except Exception:
@@ -239,8 +350,13 @@ class Dispatcher:
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
             self.sweep()
-        _, more = release(self.turns)
-        return BUSY_POLL_S if more else POLL_S
+        released, is_full = release(self.turns)
+        self.found_full = self.found_full + 1 if is_full and not released else 0
+        if released >= MANY:
+            return 0.0
+        if self.found_full:
+            return min(BUSY_POLL_S * (1 + self.found_full // 5), FULL_POLL_S)
+        return BUSY_POLL_S if released else POLL_S
 
     def lead(self) -> bool:
         """Take or renew the leader's lease; renewed each second."""

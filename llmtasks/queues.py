@@ -3,12 +3,16 @@
 Sends by task *name*, so that nothing needs to import `tasks`.
 """
 
+import socket
 import time
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 from uuid import UUID
 
 import redis
 from celery import current_app
+from kombu import pools
 
 from llmtasks import crash
 from llmtasks.models import Lane
@@ -18,6 +22,8 @@ WAKE_CHANNEL = "llmtasks:wake"
 # After a failure nobody tries to wake the dispatcher for so long: it polls all the same, and
 # callers should not wait for timeouts.
 AWAY_S = 1.0
+# Hints in one round trip.
+BATCH = 200
 
 _away_until = 0.0
 
@@ -36,23 +42,49 @@ def all_queues(providers: Iterable[str], lane: str) -> list[str]:
     return [queue_name(provider, lane) for provider in sorted(providers)]
 
 
-def publish(hints: Iterable[tuple[UUID, int, str, str]]) -> None:
-    """Send hints `(task id, seq, provider, lane)` over one connection.
+@cache
+def producers() -> Any:
+    """Producers for batches, kept open: kombu sends no batch where its client may send twice."""
+    options = {"retry_on_timeout": False}
+    return pools.producers[current_app.connection_for_write(transport_options=options)]
 
-    Raises `kombu.exceptions.OperationalError` where the broker is away; hints sent before that
-    are sent, the sweep brings the others back.
+
+def publish(hints: Iterable[tuple[UUID, int, str, str]]) -> None:
+    """Send hints `(task id, seq, provider, lane)`, a round trip for BATCH of them.
+
+    Raises `kombu.exceptions.KombuError`s, `redis.RedisError`s and `OSError`s where the broker is
+    away; hints sent before that are sent, and stale once their tasks are put back.
     """
-    with current_app.amqp.producer_pool.acquire(block=True, timeout=5.0) as producer:
+    with producers().acquire(block=True, timeout=5.0) as producer, producer.batch(BATCH):
         for task_id, seq, provider, lane in hints:
-            current_app.send_task(
-                task_name(provider),
-                args=(str(task_id), seq),
-                queue=queue_name(provider, lane),
-                producer=producer,
-                retry=False,
-                ignore_result=True,
+            headers, properties, body, _ = message(task_id, seq, provider)
+            producer.publish(
+                body,
+                exchange="",
+                routing_key=queue_name(provider, lane),
+                serializer="json",
+                headers=headers,
+                **properties,
             )
             crash.point("dispatch.publishing")
+
+
+def message(task_id: UUID, seq: int, provider: str) -> Any:
+    """A hint as Celery's protocol has it. `send_task` makes the same at four times the cost."""
+    return current_app.amqp.as_task_v2(
+        f"{task_id}.{seq}",
+        task_name(provider),
+        args=(str(task_id), seq),
+        argsrepr=f"('{task_id}', {seq})",
+        kwargsrepr="{}",
+        origin=origin(),
+        ignore_result=True,
+    )
+
+
+@cache
+def origin() -> str:
+    return f"dispatcher@{socket.gethostname()}"
 
 
 def depths(names: list[str]) -> dict[str, int]:

@@ -150,10 +150,10 @@ class Task(models.Model):
         ordering = ("-id",)
         permissions = (("view_bodies", "Can read prompts and answers"),)
         indexes = (
-            # The waiting room: each provider's and lane's tenants, the oldest due first.
+            # The waiting room: the tenants of each provider, lane and route, the oldest due first.
             models.Index(
-                fields=("provider", "lane", "tenant", "not_before"),
-                name="task_waiting",
+                fields=("provider", "lane", "route", "tenant", "not_before"),
+                name="task_waiting_room",
                 condition=Q(status="waiting"),
             ),
             # Small by construction: the dispatcher bounds what is released.

@@ -11,8 +11,9 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 
 from llmtasks import dispatch, pulse, queues, stores
-from llmtasks.dispatch import Dispatcher, Turns
+from llmtasks.dispatch import Dispatcher
 from llmtasks.models import Config, Provider, Status, Task
+from llmtasks.turns import Turns
 from tests import factories
 
 pytestmark = pytest.mark.usefixtures("account")
@@ -49,13 +50,13 @@ def by_status() -> dict[str, int]:
 def test_as_many_are_released_as_a_provider_may_hold():
     serve("sandbox", slots=8)
     waiting(10)
-    assert dispatch.release({}) == (6, True)
+    assert dispatch.release(Turns()) == (6, True)
     assert by_status() == {"queued": 6, "waiting": 4}
     assert messages("sandbox.default") == 6
-    assert dispatch.release({}) == (0, True)
+    assert dispatch.release(Turns()) == (0, True)
     # One that ends makes room for one.
     Task.objects.filter(id=Task.objects.filter(status="queued").first().id).update(status="failed")
-    assert dispatch.release({}) == (1, True)
+    assert dispatch.release(Turns()) == (1, True)
 
 
 def test_running_inline_work_takes_no_room():
@@ -63,15 +64,15 @@ def test_running_inline_work_takes_no_room():
     for _ in range(20):
         factories.task(status=Status.RUNNING, mode="inline")
     waiting(3)
-    assert dispatch.release({})[0] == 3
+    assert dispatch.release(Turns())[0] == 3
 
 
 def test_a_flooded_provider_leaves_room_for_another(second):
     serve("sandbox", "second", slots=8)
     waiting(500)
-    dispatch.release({})
+    dispatch.release(Turns())
     late = waiting(3, provider="second")
-    assert dispatch.release({})[0] == 3
+    assert dispatch.release(Turns())[0] == 3
     assert Task.objects.filter(id__in=[t.id for t in late], status="queued").count() == 3
 
 
@@ -80,23 +81,23 @@ def test_slots_of_all_workers_of_a_lane_count_and_dead_ones_do_not():
     serve("sandbox", slots=4)
     serve("sandbox", slots=400, alive=False)
     waiting(20)
-    assert dispatch.release({})[0] == 6
+    assert dispatch.release(Turns())[0] == 6
 
 
 def test_one_slot_is_enough():
     serve("sandbox", slots=1)
     waiting(2)
-    assert dispatch.release({})[0] == 1
+    assert dispatch.release(Turns())[0] == 1
 
 
 def test_a_queue_is_used_once_a_live_worker_lists_it(second):
     serve("sandbox")
     task = waiting(1, provider="second")[0]
-    assert dispatch.release({}) == (0, False)
+    assert dispatch.release(Turns()) == (0, False)
     serve("second", alive=False)
-    assert dispatch.release({}) == (0, False)
+    assert dispatch.release(Turns()) == (0, False)
     serve("second")
-    assert dispatch.release({})[0] == 1
+    assert dispatch.release(Turns())[0] == 1
     task.refresh_from_db()
     assert (task.status, task.seq) == ("queued", 1)
     assert task.queued_at is not None
@@ -108,25 +109,44 @@ def test_each_lane_has_its_own_room():
     waiting(10)
     waiting(10, lane="bulk")
     waiting(10, lane="interactive")
-    assert dispatch.release({})[0] == 6
+    assert dispatch.release(Turns())[0] == 6
     assert set(Task.objects.filter(status="queued").values_list("lane", flat=True)) == {
         "default",
         "bulk",
     }
 
 
-def test_a_paused_provider_is_not_released(account, second):
+@pytest.mark.parametrize("flag", [{"is_paused": True}, {"refused_at": timezone.now()}])
+def test_what_nobody_can_answer_waits(account, second, flag):
+    factories.route("echo", (account, "echo"))
+    factories.route("other", (second, "echo"))
     serve("sandbox", "second")
     waiting(1)
-    waiting(1, provider="second")
-    account.is_paused = True
-    account.save()
-    assert dispatch.release({})[0] == 1
+    waiting(1, provider="second", route="other")
+    Provider.objects.filter(id=account.id).update(**flag)
+    assert dispatch.release(Turns())[0] == 1
     assert Task.objects.get(status="queued").provider == "second"
-    account.is_paused = False
-    account.save()
+    Provider.objects.filter(id=account.id).update(is_paused=False, refused_at=None)
     factories.in_force()
-    assert dispatch.release({})[0] == 1
+    assert dispatch.release(Turns())[0] == 1
+
+
+@pytest.mark.parametrize("flag", [{"is_paused": True}, {"refused_at": timezone.now()}])
+def test_another_candidate_takes_the_work_of_a_provider_that_is_out(account, second, flag):
+    factories.route("echo", (account, "echo"), (second, "echo"))
+    serve("sandbox", "second")
+    waiting(1)
+    Provider.objects.filter(id=account.id).update(**flag)
+    assert dispatch.release(Turns())[0] == 1
+    assert messages("sandbox.default") == 1
+
+
+def test_a_task_without_a_route_is_released_to_be_told_so():
+    serve("sandbox")
+    waiting(1, route="gone")
+    factories.route("empty")
+    waiting(1, route="empty")
+    assert dispatch.release(Turns())[0] == 2
 
 
 # --- whose turn -----------------------------------------------------------------------------------
@@ -149,7 +169,7 @@ def test_a_backlog_does_not_delay_a_tenant_with_one_task():
         )
         for _ in range(5000)
     )  # fmt: skip
-    turns: Turns = {}
+    turns = Turns()
     for _ in range(5):
         dispatch.release(turns)
         end_one()
@@ -167,7 +187,7 @@ def test_tenants_share_evenly_whatever_they_have_waiting():
     tenants = [factories.tenant() for _ in range(3)]
     for tenant, count in zip(tenants, (60, 30, 30), strict=True):
         waiting(count, tenant)
-    turns: Turns = {}
+    turns = Turns()
     for _ in range(10):
         dispatch.release(turns)
         Task.objects.filter(status="queued").update(status="succeeded")
@@ -181,7 +201,7 @@ def test_more_tenants_than_room_have_their_turns_one_after_the_other():
     tenants = [factories.tenant() for _ in range(7)]
     for tenant in tenants:
         waiting(5, tenant)
-    turns: Turns = {}
+    turns = Turns()
     for _ in range(7):
         assert dispatch.release(turns)[0] == 3
         Task.objects.filter(status="queued").update(status="succeeded")
@@ -196,7 +216,7 @@ def test_a_tenants_oldest_task_goes_first():
     made = [factories.task(tenant, not_before=now - timedelta(seconds=age)) for age in (5, 50, 20)]
     order = []
     for _ in made:
-        dispatch.release({})
+        dispatch.release(Turns())
         order.append(Task.objects.get(status="queued").id)
         end_one()
     assert order == [made[1].id, made[2].id, made[0].id]
@@ -208,8 +228,8 @@ def test_what_is_not_due_waits_and_takes_nobodys_turn():
     for _ in range(10):
         waiting(3, not_before=later)
     waiting(3)
-    assert dispatch.release({})[0] == 3
-    assert dispatch.release({}) == (0, True)
+    assert dispatch.release(Turns())[0] == 3
+    assert dispatch.release(Turns()) == (0, True)
     assert Task.objects.filter(not_before=later, status="waiting").count() == 30
 
 
@@ -219,7 +239,7 @@ def test_a_hint_is_released_once_by_two_dispatchers_at_once():
     found: list[int] = []
 
     def run() -> None:
-        found.append(dispatch.release({})[0])
+        found.append(dispatch.release(Turns())[0])
         stores.release()
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -247,9 +267,9 @@ def test_what_could_not_be_sent_waits_again(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(queues, "publish", away)
         with pytest.raises(error):
-            dispatch.release({})
+            dispatch.release(Turns())
     assert by_status() == {"waiting": 3}
-    assert dispatch.release({})[0] == 3
+    assert dispatch.release(Turns())[0] == 3
     assert set(Task.objects.values_list("seq", flat=True)) == {2}
 
 

@@ -16,6 +16,7 @@ from llmtasks import bodies, dispatch, events, execute, ledger, pulse, stores, s
 from llmtasks.errors import NoProvider
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Mode, OnUnknown, Provider, Status, Task, TaskPayload, Tenant
+from llmtasks.turns import Turns
 from providers.sandbox import Sandbox
 from providers.sandbox_answers import tokens
 from providers.types import Response, TextDelta
@@ -72,7 +73,7 @@ def queue(tenant: Tenant, model: str, text: str = "hello", **fields: Any) -> Tas
 def release() -> list[dispatch.Hint]:
     """One round of the dispatcher with room for all providers, without a broker."""
     rooms = {(p.name, lane): 50 for p in Provider.objects.all() for lane in LANES}
-    return dispatch.pick(rooms, {})
+    return dispatch.pick(rooms, Turns())
 
 
 LANES = ("interactive", "default", "bulk")

@@ -12,6 +12,7 @@ from llmtasks import dispatch, ledger, queues, stores, submit, sweep
 from llmtasks.ledger import Outcome
 from llmtasks.models import Attempt, IdempotencyKey, Mode, OnUnknown, Task, Worker
 from llmtasks.submit import Idempotency
+from llmtasks.turns import Turns
 from providers.types import Usage
 from tests import factories
 
@@ -161,7 +162,7 @@ def test_a_hint_that_was_put_back_is_stale_when_it_comes():
     sweep.run()
     assert ledger.claim(task.id, 1, uuid7()) is None
     factories.worker("sandbox.default")
-    assert dispatch.release({})[0] == 1
+    assert dispatch.release(Turns())[0] == 1
     assert ledger.claim(task.id, 1, uuid7()) is None
     assert ledger.claim(task.id, 2, uuid7()) is not None
 

@@ -1,0 +1,177 @@
+"""Whose turn it is: tenants by stride, each tenant's oldest task first. Plain rules, no stores.
+
+Among those who wait at one place (a provider's lane) the tenant whose turn starts first is next:
+
+    start = max(its pass, the place's time);  time = start;  its pass = start + cost / weight
+
+A tenant's pass is where its last turn ended. The place's time is the start of the turn that was
+given last, so that nobody has credit from a time in which it had nothing that could run. A task
+costs 1, whatever it will use: what it uses is known after it ran, and is held by limits.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+# (provider, lane): a Celery queue and a window; (provider, lane, route): who waits for the same.
+Place = tuple[str, str]
+Line = tuple[str, str, str]
+
+NOBODY = UUID(int=0)
+COST = 1.0
+# The most passes kept of a place, and the most waiting tenants known of all lines together. One
+# more, and the memory is emptied: as after a change of the leader the tenants are found anew.
+MOST_PASSES = 10_000
+MOST_KNOWN = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """So many tasks of a tenant in a line are looked at in a round."""
+
+    line: Line
+    tenant_id: UUID
+    weight: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A task near the head of its line."""
+
+    task_id: UUID
+    ask: Ask
+    not_before: datetime
+
+
+@dataclass(slots=True)
+class Stride:
+    """The passes of one place."""
+
+    time: float = 0.0
+    passes: dict[UUID, float] = field(default_factory=dict)
+
+    def start(self, tenant: UUID) -> float:
+        return max(self.passes.get(tenant, 0.0), self.time)
+
+    def give(self, tenant: UUID, weight: int) -> None:
+        """One turn."""
+        self.time = self.start(tenant)
+        self.passes[tenant] = self.time + COST / weight
+        if len(self.passes) > MOST_PASSES:
+            # A pass that the time has reached says nothing any more.
+            self.passes = {t: p for t, p in self.passes.items() if p > self.time}
+        if len(self.passes) > MOST_PASSES:
+            self.passes = {}
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Who is known to wait in one line, by weight, and where the search for others goes on."""
+
+    weights: dict[UUID, int] = field(default_factory=dict)
+    cursor: UUID = NOBODY
+
+
+@dataclass(slots=True)
+class Turns:
+    """What the dispatcher remembers from round to round."""
+
+    strides: dict[Place, Stride] = field(default_factory=dict)
+    lines: dict[Line, Waiting] = field(default_factory=dict)
+    # Tenants whose own limits have no room: not asked for again before this time (monotonic).
+    parked: dict[UUID, float] = field(default_factory=dict)
+    # Lines that had no room in the last round: nobody is searched for there.
+    closed: set[Line] = field(default_factory=set)
+    rounds: int = 0
+
+    def stride(self, place: Place) -> Stride:
+        return self.strides.setdefault(place, Stride())
+
+    def begin_round(self, now: float) -> None:
+        self.rounds += 1
+        self.parked = {tenant: until for tenant, until in self.parked.items() if until > now}
+
+    def drop(self, lines: Iterable[Line]) -> None:
+        """Nobody waits there."""
+        for line in list(lines):
+            del self.lines[line]
+
+    def found(self, line: Line, weights: Mapping[UUID, int], cursor: UUID) -> None:
+        """Tenants that wait in a line, and where the next search begins."""
+        waiting = self.lines.setdefault(line, Waiting())
+        waiting.cursor = cursor
+        waiting.weights.update(weights)
+        if sum(len(each.weights) for each in self.lines.values()) > MOST_KNOWN:
+            for each in self.lines.values():
+                each.weights = {}
+            waiting.weights = dict(weights)
+
+    def park(self, tenants: Iterable[UUID], until: float) -> None:
+        self.parked.update(dict.fromkeys(tenants, until))
+
+    def first_in(self, line: Line, most: int) -> list[UUID]:
+        """The tenants of a line whose turns start first, in order, at most so many."""
+        ready = (tenant for tenant in self.lines[line].weights if tenant not in self.parked)
+        return heapq.nsmallest(most, ready, key=self.stride(line[:2]).start)
+
+    def wanted(self, line: Line, most: int) -> int:
+        """How many tenants to search for in a line: as many as there is room for, less those who
+        are known and had no turn yet. Others that are found come after those."""
+        if line in self.closed:
+            return 0
+        stride = self.stride(line[:2])
+        ready = (t for t in self.lines[line].weights if t not in self.parked)
+        return max(0, most - sum(stride.start(tenant) <= stride.time for tenant in ready))
+
+    def forget_drained(
+        self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Iterable[Head]
+    ) -> None:
+        """Forget who has nothing more in a line. A search finds them again."""
+        there = Counter(head.ask for head in heads)
+        given = Counter(head.ask for head in chosen)
+        for ask in asks:
+            if there[ask] < ask.most and there[ask] == given[ask]:
+                self.lines[ask.line].weights.pop(ask.tenant_id, None)
+
+
+def share(turns: int, weight: int, total: int) -> int:
+    """How many of so many turns fall to a weight of the total, rounded up."""
+    return -(-turns * weight // total)
+
+
+def choose(
+    heads: Iterable[Head], stride: Stride, most: int, take: Callable[[Head], bool]
+) -> list[Head]:
+    """The heads whose turn it is at one place, in order, at most so many.
+
+    `take` books the room for a task and says whether there was any.
+    """
+    mine: dict[UUID, deque[Head]] = {}
+    for head in sorted(heads, key=lambda head: head.not_before):
+        mine.setdefault(head.ask.tenant_id, deque()).append(head)
+    order = [(stride.start(tenant), own[0].not_before, tenant) for tenant, own in mine.items()]
+    heapq.heapify(order)
+    chosen: list[Head] = []
+    while order and len(chosen) < most:
+        tenant = heapq.heappop(order)[2]
+        own = mine[tenant]
+        taken = next_with_room(own, take)
+        if taken is None:
+            continue
+        chosen.append(taken)
+        stride.give(tenant, taken.ask.weight)
+        if own:
+            heapq.heappush(order, (stride.start(tenant), own[0].not_before, tenant))
+    return chosen
+
+
+def next_with_room(own: "deque[Head]", take: Callable[[Head], bool]) -> Head | None:
+    while own:
+        head = own.popleft()
+        if take(head):
+            return head
+    return None
