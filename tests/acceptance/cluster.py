@@ -139,15 +139,15 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, name: str) -> None:
-        """Start one program; nothing where it runs already."""
+    def start(self, name: str, **more: str) -> None:
+        """Start one program, with `more` in its environment; nothing where it runs already."""
         if self.is_alive(name):
             return
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
                 self.commands[name],
                 cwd=ROOT,
-                env=self.environment,
+                env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
