@@ -10,10 +10,11 @@ import pytest
 from django.conf import settings
 from django.db import connection
 
-from llmtasks import dispatch, execute, pulse, submit
+from llmtasks import dispatch, execute, pulse
 from llmtasks.models import Attempt, IdempotencyKey, OnUnknown, Provider, Task
 from tests import factories
 from tests.callers import Caller, frames_of
+from tests.corridor import queue, release, sent, until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 GRACE_S = 1
@@ -51,37 +52,19 @@ def beside(function: Callable[..., Any], *args: Any) -> Iterator[list[Any]]:
     assert not thread.is_alive()
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 10
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return found
-
-
 def drain() -> None:
     threading.Thread(target=pulse.drain, daemon=True).start()
     until(pulse.is_draining)
 
 
-def sent() -> bool:
-    return Attempt.objects.filter(state="sent").exists()
-
-
-def queue(caller: Caller, model: str, **fields: Any) -> Task:
-    [task] = submit.queued([factories.work(caller.tenant, model, **fields)])
-    assert isinstance(task, Task)
-    return task
-
-
 def hint_of(task: Task) -> dispatch.Hint:
-    [hint] = until(lambda: dispatch.pick({("sandbox", task.lane): 1}, {}))
+    [hint] = until(release)
     assert hint.task_id == task.id
     return hint
 
 
 def test_a_call_that_ends_within_the_grace_time_is_left_alone(caller):
-    task = queue(caller, "slow-200")
+    task = queue(caller.tenant, "slow-200")
     hint = hint_of(task)
     with beside(execute.run_queued, hint.task_id, hint.seq):
         until(sent)
@@ -91,7 +74,7 @@ def test_a_call_that_ends_within_the_grace_time_is_left_alone(caller):
 
 
 def test_queued_work_goes_back_to_waiting_and_has_used_up_no_try(caller):
-    task = queue(caller, "slow-20000")
+    task = queue(caller.tenant, "slow-20000")
     for _ in range(6):
         hint = hint_of(task)
         with beside(execute.run_queued, hint.task_id, hint.seq):
@@ -107,7 +90,7 @@ def test_queued_work_goes_back_to_waiting_and_has_used_up_no_try(caller):
 
 
 def test_what_must_not_run_twice_fails(caller):
-    task = queue(caller, "slow-20000", on_unknown=OnUnknown.FAIL)
+    task = queue(caller.tenant, "slow-20000", on_unknown=OnUnknown.FAIL)
     hint = hint_of(task)
     with beside(execute.run_queued, hint.task_id, hint.seq):
         until(sent)
@@ -117,7 +100,7 @@ def test_what_must_not_run_twice_fails(caller):
 
 
 def test_a_hint_that_was_not_begun_is_handed_back(caller):
-    task = queue(caller, "echo", on_unknown=OnUnknown.FAIL)
+    task = queue(caller.tenant, "echo", on_unknown=OnUnknown.FAIL)
     hint = hint_of(task)
     drain()
     execute.run_queued(hint.task_id, hint.seq)
@@ -166,7 +149,7 @@ def test_at_the_native_door_the_answer_is_the_interrupted_task(caller):
 
 
 def test_an_event_stream_ends_so_that_the_browser_resumes_elsewhere(caller):
-    task = queue(caller, "echo")
+    task = queue(caller.tenant, "echo")
     with beside(lambda: frames_of(caller.get(f"/v1/tasks/{task.id}/events"))) as streams:
         time.sleep(0.2)
         drain()
