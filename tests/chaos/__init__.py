@@ -1,6 +1,6 @@
 """Proofs by breaking things: `make chaos` runs them in full (minutes each), tests a short form.
 
-    python -m tests.chaos [NAME…] [--short] [--out FOLDER]
+    python -m tests.chaos [NAME…] [--short] [--out FOLDER] [--number N]
 
 A proof is a module, named in `PROOFS` in `__main__.py`, with
 
@@ -9,7 +9,7 @@ A proof is a module, named in `PROOFS` in `__main__.py`, with
     COLUMNS                            {field: heading} of the table on the screen
     rows(found) -> list of dicts       its lines
 
-`clusters(number=0, **options)` is `Cluster.fresh`: real processes, a database and a Redis database
+`clusters(**options)` is `Cluster.fresh`: real processes, a database and a Redis database
 of their own (tests/acceptance/cluster.py). `submit.py` sends tasks over the REST API, again and
 again until each was taken; `audit.py` is the judge: triggers in the database and the sandbox's own
 counts, independent of the code under test.

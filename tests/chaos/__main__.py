@@ -39,6 +39,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROOFS)}; or all")
     parser.add_argument("--short", action="store_true", help="a small form, under 90 s each")
     parser.add_argument("--out", type=Path, default=ROOT / ".data" / "bench")
+    parser.add_argument(
+        "--number", type=int, default=0, help="tells apart what runs at the same time: 0 to 7"
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - set(PROOFS):
         parser.error(f"no such proof: {', '.join(sorted(unknown))}")
@@ -53,11 +56,12 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     # A signal to end is an exception, so that all that was started is ended.
     processes.raise_on_signals()
-    held = [prove(name, given.short, given.out) for name in given.names or PROOFS]
+    names = given.names or PROOFS
+    held = [prove(name, given.short, given.out, given.number) for name in names]
     return 0 if all(held) else 1
 
 
-def prove(name: str, is_short: bool, out: Path) -> bool:
+def prove(name: str, is_short: bool, out: Path, number: int = 0) -> bool:
     """Run one proof; whether every condition held."""
     module = importlib.import_module(f"tests.chaos.{name}")
     say(f"{name}: {PROOFS[name]}…")
@@ -65,7 +69,7 @@ def prove(name: str, is_short: bool, out: Path) -> bool:
     began = time.monotonic()
     facts = machine.facts(os.environ["DATABASE_URL"])
     try:
-        found = module.run(partial(clusters, folder), is_short)
+        found = module.run(partial(clusters, folder, number), is_short)
     except BaseException:
         say(f"{name} broke off; logs are in {folder}")
         raise
@@ -83,7 +87,7 @@ def prove(name: str, is_short: bool, out: Path) -> bool:
     return all(holds.values())
 
 
-def clusters(folder: Path, number: int = 0, **given: Any) -> AbstractContextManager[Cluster]:
+def clusters(folder: Path, number: int, **given: Any) -> AbstractContextManager[Cluster]:
     """`Cluster.fresh` with its logs in a folder of its own."""
     return Cluster.fresh(Path(tempfile.mkdtemp(dir=folder)), number, **given)
 

@@ -60,20 +60,19 @@ def figures(cluster: Cluster, ids: Mapping[int, str], mark: str = "n") -> dict[s
     attempts: dict[str, list[Any]] = defaultdict(list)
     for task_id, *row in cluster.rows(ATTEMPTS, {"mark": mark}):
         attempts[task_id].append(row)
+    ended = Counter(task_id for (task_id,) in cluster.rows("SELECT task_id::text FROM chaos_ends"))
     vendor = cluster.bill()["tasks"]
-    told = set(ids.values())
     return {
-        **ends(cluster, tasks, told),
+        **ends(tasks, set(ids.values()), ended),
         **bills(tasks, attempts),
         **calls(tasks, attempts, vendor),
     }
 
 
-def ends(cluster: Cluster, tasks: Mapping[str, Sequence[Any]], told: set[str]) -> dict[str, Any]:
+def ends(
+    tasks: Mapping[str, Sequence[Any]], told: set[str], entries: Mapping[str, int]
+) -> dict[str, Any]:
     """Lost: taken by the API, and not there or not at an end. Finished once: one entry, ever."""
-    entries: Counter[str] = Counter()
-    for (task_id,) in cluster.rows("SELECT task_id::text FROM chaos_ends"):
-        entries[task_id] += 1
     statuses = Counter(row[1] for row in tasks.values())
     final = ("succeeded", "failed", "cancelled", "expired")
     ended = {task_id for task_id, row in tasks.items() if row[1] in final}
@@ -81,10 +80,11 @@ def ends(cluster: Cluster, tasks: Mapping[str, Sequence[Any]], told: set[str]) -
         "tasks": len(told),
         "lost": len(told - ended),
         "not_asked_for": len(set(tasks) - told),
-        "finished_once": sum(entries[task_id] == 1 for task_id in told & ended),
-        "finished_again": sum(entries[task_id] > 1 for task_id in tasks),
+        "finished_once": sum(entries.get(task_id) == 1 for task_id in told & ended),
+        "finished_again": sum(entries.get(task_id, 0) > 1 for task_id in tasks),
         "still_owned": sum(row[5] is not None for row in tasks.values()),
         "statuses": dict(statuses),
+        "not_ended": dict(Counter(f"{r[1]} {r[7]}" for r in tasks.values() if r[1] not in final)),
         "errors": dict(Counter(row[6] for row in tasks.values() if row[1] != "succeeded")),
     }
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import httpx
 import redis
-from celery import Celery
+from celery import Celery, signals
 
 from project.stack.processes import Child
 from tests.benchmarks import upstream
-from tests.chaos.bursts import Bursts, Size
+from tests.chaos.bursts import WORK_S, Bursts, Size
 from tests.chaos.submit import until
 
 BROKER, VENDOR = "CONTROL_BROKER", "CONTROL_VENDOR"
-RESULTS = "control:results"
+RESULTS, FAILURES, RUNNING = "control:results", "control:failures", "control:running"
 SEED = 21
 SLOTS = 24
 # Nothing is redelivered sooner: as long as our leases.
@@ -53,11 +53,26 @@ app.conf.update(
 _clients: dict[str, Any] = {}
 
 
-def clients() -> tuple[httpx.Client, "redis.Redis"]:
-    if not _clients:
-        _clients["results"] = redis.Redis.from_url(os.environ[BROKER])
-        _clients["vendor"] = httpx.Client(base_url=os.environ[VENDOR], timeout=30.0)
-    return _clients["vendor"], _clients["results"]
+@signals.worker_init.connect
+def connect(**_: Any) -> None:
+    _clients["results"] = redis.Redis.from_url(os.environ[BROKER])
+    _clients["vendor"] = httpx.Client(base_url=os.environ[VENDOR], timeout=30.0)
+
+
+@signals.task_prerun.connect
+def count_begun(task: Any, **_: Any) -> None:
+    _clients["results"].hincrby(RUNNING, task.request.hostname, 1)
+
+
+@signals.task_postrun.connect
+def count_ended(task: Any, **_: Any) -> None:
+    _clients["results"].hincrby(RUNNING, task.request.hostname, -1)
+
+
+@signals.task_failure.connect
+def count_failure(**_: Any) -> None:
+    """A task that gave up, or a fault of this module: neither is a message lost."""
+    _clients["results"].incr(FAILURES)
 
 
 @app.task(
@@ -70,9 +85,8 @@ def clients() -> tuple[httpx.Client, "redis.Redis"]:
 )
 def call(self: Any, number: int, body: dict[str, Any]) -> None:
     """Call the vendor, write down the answer."""
-    vendor, results = clients()
     is_anthropic = body["model"].startswith("claude-")
-    answer = vendor.post(
+    answer = _clients["vendor"].post(
         "/v1/messages" if is_anthropic else "/v1/chat/completions",
         json={**body, "max_tokens": 100},
         headers={
@@ -81,7 +95,7 @@ def call(self: Any, number: int, body: dict[str, Any]) -> None:
         },
     )
     answer.raise_for_status()
-    results.rpush(RESULTS, number)
+    _clients["results"].rpush(RESULTS, number)
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,11 @@ class Place:
 
 
 def run(
-    place: Place, bodies: list[dict[str, Any]], size: Size, order: Sequence[str]
+    place: Place,
+    bodies: list[dict[str, Any]],
+    size: Size,
+    order: Sequence[str],
+    fault: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The same bursts, and a kill wherever one of our workers was killed."""
     vendor = upstream.start(place.folder, (), dict(place.environment), "sandbox")
@@ -109,17 +127,22 @@ def run(
         with redis.Redis.from_url(place.redis_url) as results:
             results.flushdb()
             until(lambda: answers(f"{url}/healthz"), 30)
+            httpx.post(f"{url}/_faults", json=fault).raise_for_status()
             for child in children.values():
                 child.start()
             sending = threading.Thread(
                 target=send, args=(place.redis_url, bodies, bursts, stopped), daemon=True
             )
             sending.start()
-            bursts.run(
-                order,
-                lambda name: kill(children.get(name)),
-                lambda name: start(children.get(name)),
-            )
+
+            def wait_for_work(name: str) -> None:
+                until(lambda: name not in children or is_at_work(results, name), WORK_S, 0.02)
+
+            def start_anew(name: str) -> None:
+                results.hdel(RUNNING, f"{name}@control")
+                start(children.get(name))
+
+            bursts.run(order, lambda name: kill(children.get(name)), start_anew, wait_for_work)
             sending.join()
             drain(results, len(bodies))
             seconds = round(time.monotonic() - began, 1)
@@ -139,6 +162,11 @@ def worker(folder: Path, name: str, environment: Mapping[str, str]) -> Child:
         *("--without-gossip", "--without-mingle", "--loglevel=WARNING"),
     ]
     return Child(name, command, folder / f"control-{name}.log", dict(environment))
+
+
+def is_at_work(results: "redis.Redis", name: str) -> bool:
+    running: Any = results.hget(RUNNING, f"{name}@control")
+    return int(running or 0) > 0
 
 
 def start(child: Child | None) -> None:
@@ -192,10 +220,12 @@ def numbers(results: "redis.Redis") -> list[int]:
 
 def judge(results: "redis.Redis", url: str, count: int) -> dict[str, Any]:
     done = Counter(numbers(results))
+    failures: Any = results.get(FAILURES)
     bill = httpx.get(f"{url}/_calls", timeout=10.0).json()
     tallies = bill["tasks"].values()
     return {
         "tasks": count,
+        "failed": int(failures or 0),
         "lost": count - len(done),
         "left_in_broker": left(results),
         "finished_again": sum(times > 1 for times in done.values()),

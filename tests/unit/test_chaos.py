@@ -1,0 +1,111 @@
+"""The proofs' own judge and programme: what is wrong is seen, and makes the exit code 1."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.benchmarks import machine
+from tests.chaos import __main__ as chaos
+from tests.chaos import audit, kills
+from tests.chaos.bursts import Bursts, victims
+
+# status, attempts, cost, cost_state, owner, error, route, each after the id
+DONE = ("a", "succeeded", 1, 5, "final", None, "", "echo")
+# number, state, error_class, http_status, cost, cost_state
+BILLED = (1, "settled", "", 200, 5, "final")
+UNKNOWN = (1, "unknown", "", None, 3, "estimated")
+SEEN = {"calls": 1, "answered": 1, "overlaps": 0}
+
+
+def test_ends():
+    tasks = {"a": DONE, "b": ("b", "waiting", *DONE[2:]), "c": DONE, "d": DONE, "e": DONE}
+    found = audit.ends(tasks, {"a", "b", "c", "d", "gone"}, {"a": 1, "c": 2, "e": 1})
+    assert (found["tasks"], found["lost"], found["not_asked_for"]) == (5, 2, 1)
+    assert (found["finished_once"], found["finished_again"]) == (1, 1)
+    assert found["statuses"] == {"succeeded": 4, "waiting": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "attempts", "wrong"),
+    [
+        (DONE, [BILLED], set()),
+        (DONE, [BILLED, (2, *BILLED[1:])], {"billed_twice", "sums_wrong"}),
+        (DONE, [(1, "settled", "ServerError", 500, 0, "final")],
+         {"answered_unbilled", "sums_wrong"}),
+        (DONE, [], {"answered_unbilled", "sums_wrong"}),
+        (DONE, [(1, "sent", "", None, 5, "estimated")], {"left_open", "answered_unbilled"}),
+        (("a", "succeeded", 2, 8, "estimated", None, "", "echo"),
+         [UNKNOWN, (2, *BILLED[1:])], set()),
+        (("a", "succeeded", 2, 8, "estimated", None, "", "echo"),
+         [UNKNOWN, (3, *BILLED[1:])], {"sums_wrong"}),
+    ],
+)  # fmt: skip
+def test_bills(task, attempts, wrong):
+    found = audit.bills({"a": task}, {"a": attempts})
+    names = {"billed_twice", "answered_unbilled", "left_open", "sums_wrong"}
+    assert {name for name in names if found[name]} == wrong
+
+
+@pytest.mark.parametrize(
+    ("attempts", "seen", "wrong"),
+    [
+        ([BILLED], SEEN, set()),
+        ([UNKNOWN, (2, *BILLED[1:])], {**SEEN, "calls": 2, "answered": 2}, {"answered_again"}),
+        ([UNKNOWN, (2, *BILLED[1:])], SEEN, set()),
+        ([BILLED], {**SEEN, "calls": 2, "answered": 2},
+         {"answered_again", "answers_unaccounted", "calls_without_attempt"}),
+        ([BILLED], {**SEEN, "overlaps": 1}, {"overlaps"}),
+        ([BILLED, (2, *BILLED[1:])], SEEN, {"attempts_without_call"}),
+    ],
+)  # fmt: skip
+def test_calls(attempts, seen, wrong):
+    found = audit.calls({"a": DONE}, {"a": attempts}, {"a": seen})
+    names = {"answered_again", "answers_unaccounted", "calls_without_attempt", "overlaps",
+             "attempts_without_call"}  # fmt: skip
+    assert {name for name in names if found[name]} == wrong
+    assert found["vendor_only"] == 0
+    assert audit.calls({}, {}, {"a": seen})["vendor_only"] == 1
+
+
+def test_everything_is_a_victim():
+    names = ["web", "dispatcher", "beat"]
+    order = victims(names, 12, seed=1)
+    assert order[:3] == names
+    assert set(order[3:]) == set(names)
+    bursts = Bursts(kills.SHORT, seed=1)
+    assert not bursts.may_send(0)
+    bursts.begun = kills.SHORT.kills
+    assert bursts.may_send(kills.SHORT.tasks - 1)
+
+
+def run(monkeypatch, tmp_path, name, figures):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/x")
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr(machine, "facts", lambda url: {"date": "today"})
+    monkeypatch.setattr(chaos.processes, "raise_on_signals", lambda: None)
+    monkeypatch.setattr(chaos, "PROOFS", {"made-up": "a proof"})
+    proof = SimpleNamespace(
+        run=lambda clusters, is_short: figures,
+        CONDITIONS={"lost = 0": lambda found: found["lost"] == 0},
+        COLUMNS={"lost": "lost"},
+        rows=lambda found: [found],
+    )
+    monkeypatch.setattr(chaos, "importlib", SimpleNamespace(import_module=lambda name: proof))
+    monkeypatch.setattr("sys.argv", ["chaos", name, "--short", "--out", str(tmp_path)])
+    return chaos.main()
+
+
+@pytest.mark.parametrize(("lost", "code"), [(0, 0), (1, 1)])
+def test_a_condition_that_does_not_hold_fails(monkeypatch, tmp_path, capsys, lost, code):
+    assert run(monkeypatch, tmp_path, "made-up", {"lost": lost}) == code
+    found = json.loads((tmp_path / "chaos-made-up.json").read_text())
+    assert found["conditions"] == {"lost = 0": not lost}
+    assert (found["short"], found["lost"], found["date"]) == (True, lost, "today")
+    assert ("FAILED  lost = 0" in capsys.readouterr().out) is bool(lost)
+
+
+def test_an_unknown_proof_is_told(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "nope", {})
+    assert "no such proof: nope" in capsys.readouterr().err
