@@ -228,6 +228,8 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
     """
     context = attempt.context
     crash.point("attempt.answered")
+    # Before Postgres is asked: others wait for what this call did not use.
+    settle_limits(attempt, settled)
     try:
         finish(attempt, settled, end)
         crash.point("attempt.finished")
