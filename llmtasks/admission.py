@@ -97,4 +97,5 @@ def check_patience(
 def limit_text(refusal: Refusal) -> str:
     if refusal.rule is not None and refusal.rule.is_own:
         return f"rate limit reached ({refusal.rule.name}): there is room in {refusal.wait_s:.1f} s"
-    return f"the provider's rate limit is reached: there is room in {refusal.wait_s:.1f} s"
+    whose = "our" if refusal.rule is not None and not refusal.rule.provider else "the provider's"
+    return f"{whose} rate limit is reached: there is room in {refusal.wait_s:.1f} s"

@@ -7,7 +7,7 @@ from socket import socket
 
 from llmtasks import pulse, stores
 from llmtasks.errors import Cancelled, ClientLeft, Interrupted, TaskError
-from llmtasks.guards.rate_limit import Grant, Refusal
+from llmtasks.guards.rate_limit import Grant, Meter, Refusal
 from llmtasks.models import Task
 from providers.http import Exchange
 from providers.types import StreamEvent
@@ -66,6 +66,19 @@ class Context:
     @property
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def own_limits(self) -> tuple[Meter, ...]:
+        """The caller's own limits as the last grant found them, or the one that refused the call.
+        None where Redis did not tell."""
+        if self.refusal is not None:
+            rule = self.refusal.rule
+            if rule is None or not rule.is_own:
+                return ()
+            return (Meter(rule, "", need=0, pace=0, left=0, reset_s=self.refusal.wait_s),)
+        if self.grant is None or not self.grant.at:
+            return ()
+        return tuple(m for m in self.grant.meters if m.rule.is_own and m.left >= 0)
 
 
 def drop_error(context: Context) -> TaskError:

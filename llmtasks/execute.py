@@ -1,7 +1,7 @@
 """Running a task: claim → run its kind → finish. Inline, streamed and queued work alike."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from socket import socket
@@ -25,6 +25,7 @@ from llmtasks.errors import (
     TaskError,
     Unavailable,
 )
+from llmtasks.guards.rate_limit import Meter
 from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Mode, Status, Task
 from llmtasks.telemetry import task_id_var
@@ -35,12 +36,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished inline task, its answer where there is one, and a warning for the caller (the
-    answer is not stored yet). A failure stands in the task's `error_*` fields."""
+    """A finished inline task, its answer where there is one, a warning for the caller (the
+    answer is not stored yet), and what is left of the caller's own limits. A failure stands in the
+    task's `error_*` fields."""
 
     task: Task
     response: AnyResponse | None
     warning: str = ""
+    limits: tuple[Meter, ...] = ()
 
 
 def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None) -> Outcome:
@@ -58,13 +61,18 @@ def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None)
         conclude_inline(task, error)
     finally:
         stores.release()
-    return Outcome(task, response, context.warning)
+    return Outcome(task, response, context.warning, context.own_limits)
 
 
-def stream(task: Task, request: AnyRequest) -> Iterator[Event | Outcome]:
-    """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the iterator drops the
-    call. No `Reset` comes: what went out over HTTP can't be taken back."""
-    context = inline_context(task, streams=True)
+def stream(
+    task: Task, request: AnyRequest, context: Context | None = None
+) -> Generator[Event | Outcome]:
+    """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the generator drops the
+    call. No `Reset` comes: what went out over HTTP can't be taken back.
+
+    `context` is an `inline_context` with `streams`, for whoever looks at it in between.
+    """
+    context = context or inline_context(task, streams=True)
     response = None
     try:
         with told_to_caller():
@@ -73,7 +81,7 @@ def stream(task: Task, request: AnyRequest) -> Iterator[Event | Outcome]:
         conclude_inline(task, error)
     finally:
         stores.release()
-    yield Outcome(task, response, context.warning)
+    yield Outcome(task, response, context.warning, context.own_limits)
 
 
 def inline_context(task: Task, **fields: Any) -> Context:

@@ -114,9 +114,9 @@ class UnsupportedMedia(ApiError):
 
 
 class Ended(ApiError):
-    """An inline task ended without an answer, after all our own tries."""
+    """An inline task ended without an answer, after all our own tries. `headers` go with it."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(
             task.error_message or f"The task is {task.status}.",
             param=task.error_param or None,
@@ -125,6 +125,7 @@ class Ended(ApiError):
         told = ENDINGS.get(task.error_class, Told(500, "internal_error"))
         self.status, self.code = told  # type: ignore[misc]
         self.task = task
+        self.headers = headers or {}
 
 
 class Fault(ApiError):

@@ -7,7 +7,7 @@ from django.http.response import HttpResponseBase
 from rest_framework.request import Request
 
 from llmtasks import execute, routing, submit
-from llmtasks.api import answers, bodies, schema
+from llmtasks.api import answers, bodies, limits, schema
 from llmtasks.api.bodies_chat import CHAT, ChatBody
 from llmtasks.api.bodies_embeddings import EMBEDDING, EmbeddingBody
 from llmtasks.api.doors import (
@@ -64,7 +64,8 @@ class ChatCompletions(ApiView):
         if in_background:
             return queued(work, prefer)
         if body.stream:
-            return stream_chat(submit.inline(work), work.request, includes_usage(body))
+            task = submit.inline(work)
+            return stream_chat(task, work.request, includes_usage(body), socket_of(request))
         task = submit.inline(within_patience(work, prefer))
         return answered(execute.run(task, work.request, client_socket=socket_of(request)))
 
@@ -153,10 +154,16 @@ def socket_of(request: Request) -> Any:
 def answered(outcome: Outcome, as_base64: bool = False) -> HttpResponse:
     """The answer of inline work. Raises Ended where it failed."""
     if outcome.response is None:
-        raise Ended(outcome.task)
-    response = rendered(outcome.task, outcome.response, as_base64)
+        raise Ended(outcome.task, limits.headers(outcome.limits))
+    return tell_outcome(rendered(outcome.task, outcome.response, as_base64), outcome)
+
+
+def tell_outcome(response: HttpResponse, outcome: Outcome) -> HttpResponse:
+    """What the headers say of a call beside its answer."""
     if outcome.warning:
         response["x-llmtasks-warning"] = outcome.warning
+    for name, value in limits.headers(outcome.limits).items():
+        response[name] = value
     return response
 
 

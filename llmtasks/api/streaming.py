@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from socket import socket
 from typing import Any
 
 import orjson
@@ -12,7 +13,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
 from llmtasks import execute, pulse, stores, watchers
-from llmtasks.api import answers
+from llmtasks.api import answers, limits
 from llmtasks.api.errors import Ended, as_api_error, openai_body
 from llmtasks.api.waiting import look, look_interval
 from llmtasks.events import Event
@@ -58,15 +59,21 @@ def event_stream(frames: Frames) -> StreamingHttpResponse:
 # --- A streamed chat ------------------------------------------------------------------------
 
 
-def stream_chat(task: Task, request: Request, include_usage: bool) -> StreamingHttpResponse:
+def stream_chat(
+    task: Task, request: Request, include_usage: bool, client: socket | None = None
+) -> StreamingHttpResponse:
     """Run the task and stream it. What fails before the first delta is a plain HTTP error."""
-    events: Any = execute.stream(task, request)
+    context = execute.inline_context(task, streams=True, client=client)
+    events: Any = execute.stream(task, request, context)
     first = next(events)
     if isinstance(first, Outcome) and first.response is None:
         events.close()
-        raise Ended(first.task)
+        raise Ended(first.task, limits.headers(first.limits))
     frames = chat_frames(task, first, events, include_usage)
-    return tell_task(event_stream(Frames(frames, events.close, frames.close)), task)
+    response = tell_task(event_stream(Frames(frames, events.close, frames.close)), task)
+    for name, value in limits.headers(context.own_limits).items():
+        response[name] = value
+    return response
 
 
 def replay_chat(task: Task, response: Response, include_usage: bool) -> StreamingHttpResponse:

@@ -27,7 +27,7 @@ from llmtasks.api.doors import (
 )
 from llmtasks.api.errors import problem
 from llmtasks.api.listing import tasks_of
-from llmtasks.api.openai import NOT_STREAMED, socket_of
+from llmtasks.api.openai import NOT_STREAMED, socket_of, tell_outcome
 from llmtasks.api.streaming import stream_events
 from llmtasks.api.waiting import accepted, load, tell_preferences, url_of, watched
 from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused
@@ -203,9 +203,7 @@ def run_inline(work: Work, request: Request) -> HttpResponse:
 def of_outcome(outcome: Outcome) -> HttpResponse:
     response = answers.json_response(answers.task_body(outcome.task, outcome.response))
     response["Location"] = url_of(outcome.task)
-    if outcome.warning:
-        response["x-llmtasks-warning"] = outcome.warning
-    return response
+    return tell_outcome(response, outcome)
 
 
 def of_queued(task: Task, body: AnyNewTask, wishes: Preferences) -> HttpResponse:

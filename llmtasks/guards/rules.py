@@ -44,8 +44,9 @@ class Rule:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the caller's own limit, which the caller is told of."""
-        return not self.provider
+        """Whether it is the caller's own limit, which the caller is told of. What all callers
+        share tells of the others."""
+        return not self.provider and bool(self.tenant_id or self.key_id or self.each)
 
     @property
     def per_us(self) -> int:
