@@ -301,6 +301,12 @@ UNFOLD = {
     "DASHBOARD_CALLBACK": "llmtasks.admin.start.context",
 }
 
+METRICS_TOKEN = env.text(
+    "METRICS_TOKEN", "", "Who reads /metrics sends it as a Bearer token; unset: this machine only"
+)
+if METRICS_TOKEN and len(METRICS_TOKEN) < 16:
+    raise ImproperlyConfigured("METRICS_TOKEN is too short: give 16 random characters or more")
+
 LOG_LEVEL = env.text("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR")
 LOGGING = {
     "version": 1,

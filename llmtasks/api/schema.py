@@ -65,6 +65,7 @@ PREFER = header(
 STATUSES = {
     400: "The field named by `param` is wrong.",
     401: "The API key is missing, wrong, expired or revoked.",
+    403: "The API key lacks the scope.",
     404: "There is no such thing for this tenant.",
     409: "The state does not allow it, or the same Idempotency-Key still runs.",
     413: "The body is too large.",
@@ -139,6 +140,14 @@ model = extend_schema(
     tags=["OpenAI"],
     parameters=[OpenApiParameter("name", str, OpenApiParameter.PATH, description="Its name.")],
     responses={200: told(shapes.ModelShape, "The route."), **openai_errors(401, 404, 503)},
+)
+list_providers = extend_schema(
+    operation_id="list_providers",
+    summary="How the vendors do",
+    description="For your operators: what is paused, refused or failing, how much of each limit is"
+    " used, what waits. As of a moment ago.",
+    tags=["Providers"],
+    responses={200: told(shapes.ProviderPage, "Every provider."), **problems(401, 403, 503)},
 )
 create_task = extend_schema(
     operation_id="create_task",

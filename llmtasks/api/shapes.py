@@ -118,6 +118,69 @@ class TaskToken(BaseModel):
     events_url: str
 
 
+class ProviderModelShape(BaseModel):
+    """`breaker` is null while it can't be looked at. Nothing is sent for `closed_for_s` seconds."""
+
+    id: str
+    status: Literal["ok", "degraded", "refused"]
+    refused_at: datetime | None
+    breaker: Literal["closed", "half_open", "open"] | None
+    closed_for_s: float
+    p95_ms: float | None = Field(description="95 % of the calls took less, as learnt.")
+
+
+class LimitShape(BaseModel):
+    """A limit that holds for all calls of the provider, or of one model."""
+
+    model: str | None
+    unit: Literal["requests", "tokens", "input_tokens", "output_tokens", "concurrency"]
+    window: Literal["second", "minute", "hour", "day"] | None
+    used_share: float = Field(description="0.5 where half of it is used.")
+
+
+class QueueShape(BaseModel):
+    """`waiting` is due, `scheduled` has to wait; with `is_at_least` they may be more."""
+
+    waiting: int
+    scheduled: int
+    queued: int
+    running: int
+    oldest_waiting_s: float
+    is_at_least: bool
+
+
+class QueuesShape(BaseModel):
+    interactive: QueueShape
+    default: QueueShape
+    bulk: QueueShape
+
+
+class ProviderShape(BaseModel):
+    """`refused`: the vendor refused its credential, nothing is sent. `degraded`: some of its models
+    are refused or failing."""
+
+    id: str
+    object: Literal["provider"]
+    status: Literal["ok", "degraded", "paused", "refused"]
+    refused_at: datetime | None
+    models: list[ProviderModelShape]
+    limits: list[LimitShape]
+    queue: QueuesShape | None
+
+
+class SeenShape(BaseModel):
+    """What could be looked at. Without `limits`, breakers are null and limits are missing."""
+
+    limits: bool
+    queue: bool
+
+
+class ProviderPage(BaseModel):
+    object: Literal["list"]
+    data: list[ProviderShape]
+    sees: SeenShape
+
+
 class ModelShape(BaseModel):
     id: str
     object: Literal["model"]

@@ -5,7 +5,7 @@ from django.urls import path, re_path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
-from llmtasks.api import health, openai, schema, tasks
+from llmtasks.api import health, metrics, openai, providers, schema, tasks
 from llmtasks.api.errors import NOTHING_HERE, answer
 from llmtasks.errors import NotFound
 
@@ -19,10 +19,12 @@ urlpatterns = [
     path("", RedirectView.as_view(pattern_name="docs")),
     path("healthz", health.healthz),
     path("readyz", health.readyz),
+    path("metrics", metrics.metrics),
     path("v1/chat/completions", openai.ChatCompletions.as_view()),
     path("v1/embeddings", openai.Embeddings.as_view()),
     path("v1/models", openai.Models.as_view()),
     path("v1/models/<path:name>", openai.Model.as_view()),
+    path("v1/providers", providers.Providers.as_view()),
     path("v1/tasks", tasks.Tasks.as_view()),
     path("v1/tasks/bulk", tasks.Bulk.as_view()),
     path("v1/tasks/<uuid:task_id>", tasks.OneTask.as_view()),

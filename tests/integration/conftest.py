@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmtasks import pricing, pulse, queues, routing, stores
+from llmtasks import health, pricing, pulse, queues, routing, stores
 from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.models import Provider
 from providers.sandbox import Sandbox
@@ -26,6 +26,7 @@ def forget(_django_db_marker: None) -> Iterator[None]:
     """A process as it is after its start: no configuration read, no lease."""
     os.environ["SANDBOX_KEY"] = "sandbox"
     routing._snapshot = None
+    health._last = None
     pricing._prices = None
     queues._away_until = 0.0
     rules._rules = None
