@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from socket import socket
 from typing import Any
 from uuid import UUID
 
+from django.conf import settings
 from django.db import IntegrityError, OperationalError
 
 from llmtasks import attempts, bodies, call, crash, events, ledger, pulse, queues, stores
@@ -84,12 +85,29 @@ def stream(
     yield Outcome(task, response, context.warning, context.own_limits)
 
 
-def inline_context(task: Task, **fields: Any) -> Context:
+def inline_context(task: Task, *, streams: bool = False, client: socket | None = None) -> Context:
+    """`client` is the caller's socket: a call whose caller hung up is dropped, or goes on as if
+    nobody had left (CLIENT_LEFT)."""
     pulse.require_postgres()
     with told_to_caller():
         task.owner_id = pulse.owner_id()
     task.fence = 1
-    return Context(task, **fields)
+    return Context(task, streams=streams, client=None if is_drained() else client)
+
+
+def is_drained() -> bool:
+    """Whether the call of a caller that left is read to its end."""
+    return str(settings.LLMTASKS["CLIENT_LEFT"]) == "drain"
+
+
+def leave(events: Generator[Event | Outcome]) -> None:
+    """Nobody reads on: drop what is left of a stream, or read it to its end (CLIENT_LEFT)."""
+    if is_drained():
+        # What it raises is for the caller, who is gone.
+        with suppress(ApiError):
+            for _ in events:
+                pass
+    events.close()
 
 
 @contextmanager

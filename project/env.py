@@ -63,5 +63,12 @@ def number(
     return parsed
 
 
+def choice(name: str, default: str, about: str, *, among: tuple[str, ...]) -> str:
+    value = text(name, default, about)
+    if value not in among:
+        raise ImproperlyConfigured(f"{name} is {value!r}: give {' or '.join(among)}")
+    return value
+
+
 def csv(name: str, default: str, about: str) -> list[str]:
     return [item.strip() for item in text(name, default, about).split(",") if item.strip()]

@@ -184,6 +184,12 @@ LLMTASKS = {
     "AUTO_WAIT_S": env.seconds(
         "AUTO_WAIT_S", 10, "How long `mode: auto` waits for queued work before it answers 202"
     ),
+    "CLIENT_LEFT": env.choice(
+        "CLIENT_LEFT",
+        "drop",
+        "What becomes of an inline call whose caller hung up: `drop` or `drain`",
+        among=("drop", "drain"),
+    ),
     "MAX_WAIT_S": env.seconds("MAX_WAIT_S", 60, "The longest `Prefer: wait=N` that is honoured"),
     "MAX_BODY_BYTES": env.integer(
         "MAX_BODY_BYTES", 20_000_000, "The largest request body that is read", least=1000

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from functools import partial
 from socket import socket
 from typing import Any
 
@@ -70,7 +71,8 @@ def stream_chat(
         events.close()
         raise Ended(first.task, limits.headers(first.limits))
     frames = chat_frames(task, first, events, include_usage)
-    response = tell_task(event_stream(Frames(frames, events.close, frames.close)), task)
+    ended = partial(execute.leave, events)
+    response = tell_task(event_stream(Frames(frames, ended, frames.close)), task)
     for name, value in limits.headers(context.own_limits).items():
         response[name] = value
     return response

@@ -72,6 +72,7 @@ def test_lists(given):
         ("LEASE_S", "3"),
         ("DROP_AFTER_S", "1"),
         ("RENEW_S", "0"),
+        ("CLIENT_LEFT", "wait"),
         ("DATABASE_URL", "not a url"),
         ("SECRET_KEY", ""),
     ],
