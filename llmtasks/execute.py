@@ -97,7 +97,7 @@ def inline_context(task: Task, *, streams: bool = False, client: socket | None =
 
 def is_drained() -> bool:
     """Whether the call of a caller that left is read to its end."""
-    return str(settings.LLMTASKS["CLIENT_LEFT"]) == "drain"
+    return settings.CLIENT_LEFT == "drain"
 
 
 def leave(events: Generator[Event | Outcome]) -> None:

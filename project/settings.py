@@ -184,12 +184,6 @@ LLMTASKS = {
     "AUTO_WAIT_S": env.seconds(
         "AUTO_WAIT_S", 10, "How long `mode: auto` waits for queued work before it answers 202"
     ),
-    "CLIENT_LEFT": env.choice(
-        "CLIENT_LEFT",
-        "drop",
-        "What becomes of an inline call whose caller hung up: `drop` or `drain`",
-        among=("drop", "drain"),
-    ),
     "MAX_WAIT_S": env.seconds("MAX_WAIT_S", 60, "The longest `Prefer: wait=N` that is honoured"),
     "MAX_BODY_BYTES": env.integer(
         "MAX_BODY_BYTES", 20_000_000, "The largest request body that is read", least=1000
@@ -253,6 +247,12 @@ LLMTASKS = {
         "HINT_LOST_S", 30, "When a released task counts as lost if its queue is empty", least=1
     ),
 }
+CLIENT_LEFT = env.choice(
+    "CLIENT_LEFT",
+    "drop",
+    "What becomes of an inline call whose caller hung up: `drop` or `drain`",
+    among=("drop", "drain"),
+)
 if not LLMTASKS["RENEW_S"] < LLMTASKS["DROP_AFTER_S"] < LLMTASKS["LEASE_S"]:
     raise ImproperlyConfigured(
         "RENEW_S, DROP_AFTER_S and LEASE_S must grow in that order: a process has to drop its"
