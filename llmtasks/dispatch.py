@@ -29,13 +29,13 @@ from llmtasks.guards.meters import Away
 from llmtasks.models import Lane, Status
 from llmtasks.room import Limits, Room, windows
 from llmtasks.stores import fetch, redis_client
-from llmtasks.turns import NOBODY, Ask, Head, Line, Place, Turns, choose, share
+from llmtasks.turns import LEAST_SEARCHED, NOBODY, Ask, Head, Line, Place, Turns, choose, share
 
 log = logging.getLogger(__name__)
 
 LEASE_S = 3.0
 POLL_S = 0.25
-# While more waits than there were slots; longer and longer while no slot becomes free.
+# While more waits than there were slots; longer and longer while none becomes free.
 BUSY_POLL_S = 0.02
 FULL_POLL_S = 0.1
 # Between two rounds at the least. A round that released so many is followed by the next at once.
@@ -63,9 +63,8 @@ RETURNING epoch
 RESIGN = "UPDATE llmtasks_config SET leader_until = clock_timestamp() WHERE leader = %(me)s"
 
 # Who waits at each place, by index probes alone: first the routes that wait there, then of each
-# route the tenants after the one that the last search ended at, until as many are found as there is
-# room for. Arrays rather than joins: the planner can't tell how few there are, and would read the
-# whole table.
+# route the tenants after the one that the last search ended at, until enough are found. Arrays
+# rather than joins: the planner can't tell how few there are, and would read the whole table.
 FIND = """
 WITH RECURSIVE asked AS (
     SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(most)s::int[])
@@ -85,7 +84,7 @@ WITH RECURSIVE asked AS (
 ), tenants AS (
     SELECT provider, lane, route,
         coalesce(cursor, '00000000-0000-0000-0000-000000000000') AS tenant_id,
-        coalesce(wanted, most) AS most, false AS is_due, 0 AS found, 0 AS seen
+        coalesce(wanted, greatest(most, %(least)s)) AS most, false AS is_due, 0 AS found, 0 AS seen
     FROM lines LEFT JOIN remembered USING (provider, lane, route) WHERE route <> ''
     UNION ALL
     SELECT s.provider, s.lane, s.route, n.tenant_id, s.most, n.is_due, s.found + n.is_due::int,
@@ -160,7 +159,7 @@ class Hint:
 
 
 def release(turns: Turns, limits: Limits = rate_limit.rooms) -> tuple[int, bool]:
-    """One round: how many tasks were released, and whether more may wait than there were slots.
+    """One round: how many tasks were released, and whether to look again soon where none was.
     `turns` goes from round to round.
 
     Raises `OperationalError` (Postgres), `BROKER_AWAY` and `Away` (Redis), after which nothing is
@@ -169,7 +168,7 @@ def release(turns: Turns, limits: Limits = rate_limit.rooms) -> tuple[int, bool]
     slots = windows()
     hints = pick(slots.free, turns, limits, slots.unbegun) if slots.free else []
     if not hints:
-        return 0, slots.is_full
+        return 0, slots.is_full or turns.has_parked
     crash.point("dispatch.queued")
     try:
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
@@ -203,7 +202,7 @@ def pick(
     first = {line: turns.first_in(line, most[line[:2]] + SPARE) for line in find(most, turns)}
     tenants = {tenant for each in first.values() for tenant in each}
     room = Room.now({line[2] for line in first}, tenants, unbegun or {}, limits)
-    turns.park((tenant for tenant in tenants if room.of_tenant(tenant) < 1), now + PARK_S)
+    turns.park([tenant for tenant in tenants if room.of_tenant(tenant) < 1], now + PARK_S)
     turns.closed = {line for line in first if room.of_route(line[2]) < 1}
     asks = [
         ask for place, count in most.items() for ask in asks_at(place, count, first, turns, room)
@@ -213,7 +212,7 @@ def pick(
     for place in in_order(most, turns.rounds):
         mine = [head for head in heads if head.ask.line[:2] == place]
         chosen += choose(mine, turns.stride(place), most[place], room.take)
-    turns.forget_drained(asks, heads, chosen)
+    turns.end_round(asks, heads, chosen)
     return mark(chosen)
 
 
@@ -228,7 +227,8 @@ def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
         "line_lanes": [lane for _, lane, _ in known],
         "line_routes": [route for _, _, route in known],
         "cursors": [turns.lines[line].cursor for line in known],
-        "wanted": [turns.wanted(line, most[line[:2]]) for line in known],
+        "wanted": [turns.wanted(line) for line in known],
+        "least": LEAST_SEARCHED,
         "seen": MOST_SEEN,
     }
     found: dict[Line, dict[UUID, int]] = {}
@@ -312,8 +312,8 @@ class Dispatcher:
     # Postgres came back: nobody's lease counts as lapsed before this (monotonic).
     patient_until: float = float("-inf")
     turns: Turns = field(default_factory=Turns)
-    # Rounds in a row that found every slot taken.
-    found_full: int = 0
+    # Rounds in a row that released nothing and were to be repeated soon.
+    fruitless: int = 0
 
     def run(self) -> None:
         """Until `stopped`; survives the absence of either store."""
@@ -350,12 +350,12 @@ class Dispatcher:
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
             self.sweep()
-        released, is_full = release(self.turns)
-        self.found_full = self.found_full + 1 if is_full and not released else 0
+        released, is_soon = release(self.turns)
+        self.fruitless = self.fruitless + 1 if is_soon and not released else 0
         if released >= MANY:
             return 0.0
-        if self.found_full:
-            return min(BUSY_POLL_S * (1 + self.found_full // 5), FULL_POLL_S)
+        if self.fruitless:
+            return min(BUSY_POLL_S * (1 + self.fruitless // 5), FULL_POLL_S)
         return BUSY_POLL_S if released else POLL_S
 
     def lead(self) -> bool:

@@ -11,7 +11,7 @@ costs 1, whatever it will use: what it uses is known after it ran, and is held b
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
@@ -26,6 +26,8 @@ COST = 1.0
 # more, and the memory is emptied: as after a change of the leader the tenants are found anew.
 MOST_PASSES = 10_000
 MOST_KNOWN = 10_000
+# Tenants that are searched for in a line in a round, if there are so many.
+LEAST_SEARCHED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,12 @@ class Turns:
     lines: dict[Line, Waiting] = field(default_factory=dict)
     # Tenants whose own limits have no room: not asked for again before this time (monotonic).
     parked: dict[UUID, float] = field(default_factory=dict)
+    # Whether somebody was parked in this round: others may come after them.
+    has_parked: bool = False
     # Lines that had no room in the last round: nobody is searched for there.
     closed: set[Line] = field(default_factory=set)
+    # The turns that were given in the last round.
+    given: Counter[Place] = field(default_factory=Counter)
     rounds: int = 0
 
     def stride(self, place: Place) -> Stride:
@@ -93,6 +99,7 @@ class Turns:
 
     def begin_round(self, now: float) -> None:
         self.rounds += 1
+        self.has_parked = False
         self.parked = {tenant: until for tenant, until in self.parked.items() if until > now}
 
     def drop(self, lines: Iterable[Line]) -> None:
@@ -111,31 +118,32 @@ class Turns:
             waiting.weights = dict(weights)
 
     def park(self, tenants: Iterable[UUID], until: float) -> None:
-        self.parked.update(dict.fromkeys(tenants, until))
+        """Not before `until`, and then after those who were not looked at yet."""
+        for tenant in tenants:
+            self.has_parked = True
+            self.parked[tenant] = until
+            for waiting in self.lines.values():
+                if weight := waiting.weights.pop(tenant, None):
+                    waiting.weights[tenant] = weight
 
     def first_in(self, line: Line, most: int) -> list[UUID]:
         """The tenants of a line whose turns start first, in order, at most so many."""
         ready = (tenant for tenant in self.lines[line].weights if tenant not in self.parked)
         return heapq.nsmallest(most, ready, key=self.stride(line[:2]).start)
 
-    def wanted(self, line: Line, most: int) -> int:
-        """How many tenants to search for in a line: as many as there is room for, less those who
-        are known and had no turn yet. Others that are found come after those."""
-        if line in self.closed:
-            return 0
-        stride = self.stride(line[:2])
-        ready = (t for t in self.lines[line].weights if t not in self.parked)
-        return max(0, most - sum(stride.start(tenant) <= stride.time for tenant in ready))
+    def wanted(self, line: Line) -> int:
+        """How many tenants to search for in a line: as many as had turns in the last round, so
+        that a newcomer is found before the others had two."""
+        return 0 if line in self.closed else max(self.given.get(line[:2], 0), LEAST_SEARCHED)
 
-    def forget_drained(
-        self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Iterable[Head]
-    ) -> None:
-        """Forget who has nothing more in a line. A search finds them again."""
+    def end_round(self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Sequence[Head]) -> None:
+        """Forget who has nothing more in a line: a search finds them again."""
         there = Counter(head.ask for head in heads)
         given = Counter(head.ask for head in chosen)
         for ask in asks:
             if there[ask] < ask.most and there[ask] == given[ask]:
                 self.lines[ask.line].weights.pop(ask.tenant_id, None)
+        self.given = Counter(head.ask.line[:2] for head in chosen)
 
 
 def share(turns: int, weight: int, total: int) -> int:

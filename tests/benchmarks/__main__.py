@@ -16,7 +16,7 @@ import psycopg
 
 from project.stack import processes
 from project.stack.errors import Stopped
-from tests.benchmarks import application, inline, load, machine, queued, tables, upstream
+from tests.benchmarks import application, dispatch, inline, load, machine, queued, tables, upstream
 from tests.benchmarks.application import Application
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,13 @@ def say(text: str) -> None:
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("application", "dispatch"),
+        default="application",
+        help="the whole application (default), or the dispatcher on a million waiting tasks",
+    )
     parser.add_argument("--quick", action="store_true", help="see that it works: under a minute")
     parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--upstream", choices=("nginx", "sandbox"), help="default: nginx")
@@ -69,13 +76,17 @@ def main() -> int:
     processes.raise_on_signals()
     folder = Path(tempfile.mkdtemp(prefix="llmtasks-bench-"))
     try:
-        figures = run(plan, given.rounds or plan.rounds, folder, given.upstream)
+        if given.what == "dispatch":
+            figures = run_dispatch(given.quick, folder)
+        else:
+            figures = run(plan, given.rounds or plan.rounds, folder, given.upstream)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {**found, "quick": given.quick, **figures}
     result["seconds"] = round(time.monotonic() - began, 1)
     stamp = found["date"].replace(":", "").replace("+0000", "Z")
-    path = given.out / f"{stamp}.json"
+    name = stamp if given.what == "application" else f"{stamp}-{given.what}"
+    path = given.out / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     show(result)
     say(f"{result['seconds']:.0f} s; {path}")
@@ -107,6 +118,20 @@ def run(plan: Plan, rounds: int, folder: Path, wanted: str | None) -> dict[str, 
         "inline": [tables.medians(cell) for cell in zip(*(one for one, _ in found), strict=True)],
         "queue": tables.medians([one for _, one in found]),
     }
+
+
+def run_dispatch(quick: bool, folder: Path) -> dict[str, Any]:
+    environment = application.environment()
+    os.environ.update(environment)
+    try:
+        return {
+            "dispatch": dispatch.run(
+                dispatch.QUICK if quick else dispatch.FULL, folder, environment
+            )
+        }
+    except SystemExit:
+        keep_logs(folder)
+        raise
 
 
 def warm_up(
@@ -146,11 +171,21 @@ def show(result: dict[str, Any]) -> None:
         f"\n{result['date']}, {result['commit']}: {place['cores']} cores ({place['cpu']}), "
         f"{place['memory_gb']} GB, Python {place['python']}, "
         f"PostgreSQL {result['postgres']['server_version']} "
-        f"(fsync {result['postgres']['fsync']}), upstream {result['upstream']}, "
-        f"load by {result['load']}, {result['rounds']} rounds\n"
+        f"(fsync {result['postgres']['fsync']})"
     )
+    if "dispatch" in result:
+        show_dispatch(result["dispatch"])
+        return
+    say(f"upstream {result['upstream']}, load by {result['load']}, {result['rounds']} rounds\n")
     say(tables.table("inline", result["inline"], inline.COLUMNS))
     say(tables.table("queued, one worker", [result["queue"]], queued.COLUMNS))
+
+
+def show_dispatch(found: dict[str, Any]) -> None:
+    say(f"two queues of {found['slots']} slots, one dispatcher\n")
+    say(tables.table("releases", found["releases"], dispatch.COLUMNS_OF_RELEASES))
+    say(tables.table("idle", found["idle"], dispatch.COLUMNS_OF_IDLE))
+    say(f"another leads and releases after a kill -9: {found['handover']['handovers_s']} s\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 import redis as redis_py
 from django.utils import timezone
@@ -12,7 +13,10 @@ from kombu.exceptions import OperationalError as BrokerError
 
 from llmtasks import dispatch, pulse, queues, stores
 from llmtasks.dispatch import Dispatcher
-from llmtasks.models import Config, Provider, Status, Task
+from llmtasks.guards import rate_limit
+from llmtasks.guards.meters import Away
+from llmtasks.models import Config, Limit, Provider, Status, Task, Worker
+from llmtasks.room import HORIZON_S
 from llmtasks.turns import Turns
 from tests import factories
 
@@ -252,6 +256,165 @@ def test_a_hint_is_released_once_by_two_dispatchers_at_once():
     assert set(Task.objects.values_list("seq", flat=True)) == {1}
 
 
+def test_a_tenant_of_weight_two_has_twice_the_turns():
+    serve("sandbox", slots=4)
+    light, heavy = factories.tenant(), factories.tenant(weight=2)
+    waiting(40, light)
+    waiting(40, heavy)
+    turns = Turns()
+    for _ in range(10):
+        dispatch.release(turns)
+        Task.objects.filter(status="queued").update(status="succeeded")
+    done = [Task.objects.filter(tenant=t, status="succeeded").count() for t in (light, heavy)]
+    assert done == [10, 20]
+
+
+def test_a_newcomer_among_many_tenants_waits_for_two_rounds_at_the_most():
+    """One slot, and more tenants than a round searches for."""
+    serve("sandbox", slots=1)
+    tenants = [factories.tenant() for _ in range(30)]
+    for tenant in tenants:
+        waiting(6, tenant)
+    turns = Turns()
+    for _ in range(40):
+        dispatch.release(turns)
+        end_one()
+    [single] = waiting(1)
+    for _ in range(2 * len(tenants)):
+        dispatch.release(turns)
+        end_one()
+    single.refresh_from_db()
+    assert single.status == "succeeded"
+
+
+def test_a_tenants_turns_count_over_all_its_routes():
+    serve("sandbox", slots=1)
+    one, other = factories.tenant(), factories.tenant()
+    for route in ("a", "b", "c"):
+        waiting(10, one, route=route)
+    waiting(10, other, route="b")
+    turns = Turns()
+    for _ in range(16):
+        dispatch.release(turns)
+        end_one()
+    assert Task.objects.filter(tenant=other, status="succeeded").count() == 8
+
+
+# --- what the limits leave ------------------------------------------------------------------------
+
+
+def limits(models: dict[Any, float] | None = None, tenants: dict[Any, float] | None = None) -> Any:
+    """Limits that always say the same."""
+    return lambda asked_models, asked_tenants, horizon_s: (
+        {m: n for m, n in (models or {}).items() if m in asked_models},
+        {t: n for t, n in (tenants or {}).items() if t in asked_tenants},
+    )
+
+
+ECHO = ("sandbox", "echo")
+
+
+def test_no_more_is_released_than_a_limit_has_room_for(account):
+    factories.route("echo", (account, "echo"))
+    Limit.objects.create(provider=account, unit="requests", window="day", amount=6)
+    serve("sandbox", slots=40)
+    waiting(10)
+    turns = Turns()
+    # Some of it is kept for whoever waits.
+    most = int(rate_limit.rooms([ECHO], [], HORIZON_S)[0][ECHO])
+    assert 0 < most < 6
+    assert dispatch.release(turns)[0] == most
+    worker = Worker.objects.get(role="worker")
+    # They have not begun: the room is theirs.
+    assert dispatch.release(turns) == (0, False)
+    Task.objects.filter(status="queued").update(status="running", owner_id=worker.id)
+    assert dispatch.release(turns) == (0, False)
+    # They began, and the limiter knows of them.
+    Task.objects.filter(status="running").update(attempts=1)
+    assert dispatch.release(turns, limits({ECHO: 2.0}))[0] == 2
+
+
+def test_the_room_of_all_candidates_counts(account, second):
+    factories.route("echo", (account, "echo"), (second, "echo"))
+    serve("sandbox", "second", slots=40)
+    waiting(10)
+    assert dispatch.release(Turns(), limits({ECHO: 1.0, ("second", "echo"): 2.0}))[0] == 3
+
+
+def test_urgent_lanes_have_the_room_first(account):
+    factories.route("echo", (account, "echo"))
+    for lane in ("bulk", "interactive", "default"):
+        serve("sandbox", slots=40, lane=lane)
+        waiting(2, lane=lane)
+    dispatch.release(Turns(), limits({ECHO: 3.0}))
+    lanes = sorted(Task.objects.filter(status="queued").values_list("lane", flat=True))
+    assert lanes == ["default", "interactive", "interactive"]
+
+
+def test_a_route_without_room_holds_up_no_other(account):
+    factories.route("echo", (account, "echo"))
+    factories.route("free", (account, "other"))
+    serve("sandbox", slots=1)
+    waiting(20)
+    waiting(5, route="free")
+    turns = Turns()
+    for _ in range(3):
+        assert dispatch.release(turns, limits({ECHO: 0.0}))[0] == 1
+        end_one()
+    assert Task.objects.filter(route="free", status="succeeded").count() == 3
+    # As soon as there is room again it has its turns.
+    for _ in range(3):
+        assert dispatch.release(turns, limits({ECHO: 9.0}))[0] == 1
+        end_one()
+    assert Task.objects.filter(route="echo", status="succeeded").exists()
+
+
+def test_tenants_at_their_own_limits_hold_up_no_other():
+    """One slot, and more of them than a round looks at."""
+    serve("sandbox", slots=1)
+    stuck = {factories.tenant().id: 0.0 for _ in range(40)}
+    for tenant in stuck:
+        waiting(1, tenant)
+    [free] = waiting(1)
+    turns = Turns()
+    rounds = 0
+    while not dispatch.release(turns, limits(tenants=stuck))[0]:
+        rounds += 1
+        assert rounds < 4
+    free.refresh_from_db()
+    assert free.status == "queued"
+
+
+def test_a_tenant_has_no_more_released_than_its_limit_leaves():
+    serve("sandbox", slots=40)
+    one, other = factories.tenant(), factories.tenant()
+    waiting(10, one)
+    waiting(10, other)
+    turns = Turns()
+    assert dispatch.release(turns, limits(tenants={one.id: 4.0}))[0] == 14
+    assert dispatch.release(turns, limits(tenants={one.id: 4.0}))[0] == 0
+
+
+def test_without_redis_nothing_is_released(account):
+    def away(*_: Any) -> Any:
+        raise Away
+
+    serve("sandbox")
+    waiting(3)
+    with pytest.raises(Away):
+        dispatch.release(Turns(), away)
+    assert by_status() == {"waiting": 3}
+
+
+def test_what_a_dead_worker_ran_holds_no_slot():
+    serve("sandbox", slots=4)
+    dead = factories.worker("sandbox.default", alive=False)
+    for _ in range(3):
+        factories.task(status="running", owner_id=dead.id)
+    waiting(5)
+    assert dispatch.release(Turns())[0] == 3
+
+
 # --- the broker away ------------------------------------------------------------------------------
 
 
@@ -342,6 +505,35 @@ def test_the_loop_survives_whatever_a_round_raises(monkeypatch):
         thread.join(10)
     # Postgres was away: nobody's tasks are taken before everybody could renew.
     assert dispatcher.patient_until > time.monotonic() + 20
+
+
+def test_a_lock_that_took_too_long_is_no_outage(monkeypatch):
+    from django.db import OperationalError
+
+    error = OperationalError("x")
+    error.__cause__ = psycopg.errors.LockNotAvailable()
+    monkeypatch.setattr(dispatch, "AWAY_S", 0.01)
+    dispatcher = Dispatcher(lambda: None, threading.Event())
+
+    def turn(self: Dispatcher) -> float:
+        self.stopped.set()
+        raise error
+
+    monkeypatch.setattr(Dispatcher, "turn", turn)
+    dispatcher.run()
+    assert dispatcher.patient_until == float("-inf")
+
+
+def test_a_full_lane_is_looked_at_less_and_less_often():
+    serve("sandbox", slots=1)
+    waiting(3)
+    dispatcher = Dispatcher(lambda: None, threading.Event())
+    assert dispatcher.turn() == dispatch.BUSY_POLL_S
+    waits = [dispatcher.turn() for _ in range(40)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (dispatch.BUSY_POLL_S, dispatch.FULL_POLL_S)
+    end_one()
+    assert dispatcher.turn() == dispatch.BUSY_POLL_S
 
 
 def test_nothing_is_swept_while_it_is_patient():

@@ -6,7 +6,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from llmtasks import dispatch, ledger, pulse, room, stores, sweep, tasks
-from llmtasks.turns import NOBODY
+from llmtasks.turns import LEAST_SEARCHED, NOBODY
 
 ROWS = 200_000
 
@@ -41,6 +41,7 @@ STATEMENTS = {
             "line_routes": ["echo", "closed"],
             "cursors": [uuid7(), NOBODY],
             "wanted": [48, 0],
+            "least": LEAST_SEARCHED,
             "seen": dispatch.MOST_SEEN,
         },
     ),
@@ -65,6 +66,7 @@ STATEMENTS = {
     "OWNED": (pulse.OWNED, {"id": uuid7()}),
     "DISOWN": (pulse.DISOWN, {"id": uuid7(), "orphans": IDS}),
     "TAKE_FROM_DEAD": (sweep.TAKE_FROM_DEAD, {"batch": 1000}),
+    "LEFT_OPEN": (sweep.LEFT_OPEN, {"batch": 1000, "age": 30}),
     "OLD_HINTS": (sweep.OLD_HINTS, {"age": 30}),
     "PUT_BACK": (sweep.PUT_BACK, {"age": 30, "sure": 600, "empty": ["a.bulk"], "batch": 1000}),
     "EXPIRE": (sweep.EXPIRE, {"batch": 1000}),

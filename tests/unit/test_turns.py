@@ -4,7 +4,6 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
@@ -133,7 +132,7 @@ def test_who_has_nothing_left_is_forgotten_and_found_again():
     known.found(LINE, {a: 1, b: 1}, NOBODY)
     asks = [Ask(LINE, a, 1, 2), Ask(LINE, b, 1, 2)]
     found = [Head(uuid7(), asks[0], START), *(Head(uuid7(), asks[1], START) for _ in range(2))]
-    known.forget_drained(asks, found, found)
+    known.end_round(asks, found, found)
     assert set(known.lines[LINE].weights) == {b}
 
 
@@ -143,18 +142,20 @@ def test_who_had_no_room_is_not_asked_for_a_while():
     known.found(LINE, {a: 1, b: 1}, NOBODY)
     known.park([a], until=10.0)
     assert known.first_in(LINE, 5) == [b]
+    assert known.has_parked
     known.begin_round(11.0)
-    assert set(known.first_in(LINE, 5)) == {a, b}
+    assert not known.has_parked
+    # Those who were not looked at yet come before it.
+    assert known.first_in(LINE, 5) == [b, a]
 
 
-@pytest.mark.parametrize("count", [0, 3, 10])
-def test_as_many_are_searched_for_as_there_is_room_less_who_is_known_already(count):
+def test_as_many_are_searched_for_as_had_turns():
     known = Turns()
-    known.found(LINE, {uuid7(): 1 for _ in range(count)}, NOBODY)
-    assert known.wanted(LINE, 8) == max(0, 8 - count)
-    for tenant in known.lines[LINE].weights:
-        known.stride(LINE[:2]).give(tenant, 1)
-    # All had a turn: others are searched for.
-    assert known.wanted(LINE, 8) == 8
+    known.found(LINE, {uuid7(): 1}, NOBODY)
+    assert known.wanted(LINE) == turns.LEAST_SEARCHED
+    ask = Ask(LINE, uuid7(), 1, 1000)
+    given = [Head(uuid7(), ask, START) for _ in range(300)]
+    known.end_round([ask], given, given)
+    assert known.wanted(LINE) == 300
     known.closed = {LINE}
-    assert known.wanted(LINE, 8) == 0
+    assert known.wanted(LINE) == 0
