@@ -1,7 +1,10 @@
 from django.contrib import admin
 from django.urls import include, path
 
+from llmtasks.admin import board
+
 urlpatterns = [
+    path("admin/queues/", admin.site.admin_view(board.queues), name="queues"),
     path("admin/", admin.site.urls),
     path("", include("llmtasks.api.urls")),
 ]

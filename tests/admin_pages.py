@@ -16,9 +16,11 @@ from llmtasks.models import (
     Attempt,
     CostState,
     Kind,
+    Limit,
     Mode,
     Price,
     Provider,
+    ProviderEvent,
     ProviderModel,
     Route,
     RouteCandidate,
@@ -34,7 +36,7 @@ AMOUNTS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output"
 
 MODELS = (
     "task", "attempt", "worker", "provider", "route", "price", "adjustment", "tenant", "apikey",
-    "providermodel",
+    "providermodel", "limit", "providerevent",
 )  # fmt: skip
 
 
@@ -83,6 +85,8 @@ def everything(tenant, provider):
     task = make_task(tenant, key=key, owner_id=worker.pk, status=Status.RUNNING)
     attempt = make_attempt(task, price=price, cost=Decimal("0.5"), cost_state=CostState.FINAL)
     Adjustment.objects.create(tenant=tenant, attempt=attempt, amount=-1, reason="r")
+    Limit.objects.create(provider=provider, unit="requests", window="minute", amount=60)
+    ProviderEvent.objects.create(provider="vendor", event="refused")
     return locals()
 
 

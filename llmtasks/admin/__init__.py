@@ -2,9 +2,29 @@
 
 from django.contrib import admin
 
-from llmtasks.admin import accounts, attempts, config, money, tasks, tenancy, workers
+from llmtasks.admin import (
+    accounts,
+    attempts,
+    config,
+    limits,
+    money,
+    routes,
+    tasks,
+    tenancy,
+    workers,
+)
 
-__all__ = ["accounts", "attempts", "config", "money", "tasks", "tenancy", "workers"]
+__all__ = [
+    "accounts",
+    "attempts",
+    "config",
+    "limits",
+    "money",
+    "routes",
+    "tasks",
+    "tenancy",
+    "workers",
+]
 
 # Unfold's own `admin/index.html` would be found before one of ours.
 admin.site.index_template = "admin/llmtasks/start.html"

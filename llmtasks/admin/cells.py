@@ -35,6 +35,17 @@ LABELS = {
     "yes": "success",
     "no": "danger",
     "manual": "info",
+    "ok": "success",
+    "degraded": "warning",
+    "refused": "danger",
+    "closed": "success",
+    "half open": "warning",
+    "open": "danger",
+    "breaker opened": "danger",
+    "breaker probes": "warning",
+    "breaker closed": "success",
+    "credential refused": "danger",
+    "credential in use again": "success",
 }
 
 
@@ -122,6 +133,22 @@ def duration(length: timedelta) -> str:
 
 def milliseconds(number: int | None) -> str:
     return NOTHING if number is None else duration(timedelta(milliseconds=number))
+
+
+def number(amount: int, unit: str = "") -> SafeString:
+    return format_html('<span class="lt-number">{}</span> {}', f"{amount:,}", unit)
+
+
+def bar(share: float, text: str) -> SafeString:
+    """A bar that is full at 1, and what it says."""
+    level = "lt-full" if share > 0.9 else "lt-high" if share > 0.7 else ""
+    return format_html(
+        '<div class="lt-use"><div class="lt-progress {}"><div style="width: {}%"></div></div>'
+        "<span>{}</span></div>",
+        level,
+        f"{100 * min(share, 1.0):.1f}",
+        text,
+    )
 
 
 def link(model: str, pk: object, text: str) -> SafeString | str:

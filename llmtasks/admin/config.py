@@ -1,14 +1,14 @@
-"""Providers and routes. An edit is in force in every process within a second."""
+"""Providers. An edit is in force in every process within a second."""
 
 from typing import Any
 
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import ForeignKey
 from django.forms import ModelForm
 from django.http import (
     HttpRequest,
+    HttpResponse,
     HttpResponseBase,
     HttpResponseNotAllowed,
     HttpResponseRedirect,
@@ -18,11 +18,15 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.widgets import UnfoldAdminSelectWidget
 
-from llmtasks import routing
-from llmtasks.admin import cells
-from llmtasks.admin.lists import Rows, choice_filter
-from llmtasks.models import Provider, ProviderModel, Route, RouteCandidate
+from llmtasks import health, routing
+from llmtasks.admin import cells, limits
+from llmtasks.admin.lists import Rows
+from llmtasks.guards import accounts
+from llmtasks.models import Provider, ProviderModel
 from providers import registry
+
+# The start page's and the provider's page's buttons.
+VERBS = ("pause", "resume", "recover")
 
 
 class ProviderForm(ModelForm):  # type: ignore[type-arg]
@@ -65,9 +69,11 @@ class ProviderAdmin(ModelAdmin):
     show_full_result_count = False
     sortable_by = ()
     list_fullwidth = True
-    actions = ("pause", "resume")
+    actions = ("pause", "resume", "recover")
     inlines = (ModelInline,)
     readonly_fields = ("credential_leads",)
+    change_form_outer_before_template = "admin/llmtasks/provider_alert.html"
+    change_form_outer_after_template = "admin/llmtasks/provider_health.html"
     fieldsets = (
         (None, {"fields": (("name", "adapter"), "base_url", "is_paused")}),
         (
@@ -100,12 +106,14 @@ class ProviderAdmin(ModelAdmin):
         return [*super().get_urls()[:-1], own, *super().get_urls()[-1:]]
 
     def switch(self, request: HttpRequest, pk: int, verb: str) -> HttpResponseBase:
-        """The start page's buttons."""
+        """The buttons of the start page, and of the provider's own page."""
         if request.method != "POST":
             return HttpResponseNotAllowed(["POST"])
-        if not self.has_change_permission(request) or verb not in {"pause", "resume"}:
+        if not self.has_change_permission(request) or verb not in VERBS:
             raise PermissionDenied
-        self.set_paused(request, Provider.objects.filter(pk=pk), verb == "pause")
+        getattr(self, verb)(request, Provider.objects.filter(pk=pk))
+        if "stay" in request.POST:
+            return HttpResponseRedirect(reverse("admin:llmtasks_provider_change", args=(pk,)))
         return HttpResponseRedirect(reverse("admin:index"))
 
     @admin.action(description="Pause: its queued work waits", permissions=["change"])
@@ -116,6 +124,34 @@ class ProviderAdmin(ModelAdmin):
     def resume(self, request: HttpRequest, queryset: Rows) -> None:
         self.set_paused(request, queryset, False)
 
+    @admin.action(description="Use the credential again", permissions=["change"])
+    def recover(self, request: HttpRequest, queryset: Rows) -> None:
+        for provider in queryset:
+            if accounts.recover(provider.name, request.user.get_username()):
+                self.log_change(request, provider, "Credential in use again.")
+                messages.success(request, f"{provider.name} is used again.")
+            else:
+                messages.info(request, f"{provider.name}: its credential was not refused.")
+
+    def save_model(self, request: HttpRequest, obj: Provider, form: Any, change: bool) -> None:
+        """Another credential deserves another try."""
+        super().save_model(request, obj, form, change)
+        is_other = change and "credential" in form.changed_data
+        if is_other and accounts.recover(obj.name, request.user.get_username()):
+            messages.success(request, f"{obj.name} is used again, with its new credential.")
+
+    def render_change_form(
+        self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any
+    ) -> HttpResponse:
+        provider = kwargs.get("obj")
+        if provider is not None:
+            context["refused"] = limits.refused_of(provider)
+            context["may_switch"] = self.has_change_permission(request)
+            context["models"] = limits.models_of(health.now(), provider.name)
+            context["events"] = limits.events(provider.name)
+        response: HttpResponse = super().render_change_form(request, context, *args, **kwargs)
+        return response
+
     def set_paused(self, request: HttpRequest, queryset: Rows, is_paused: bool) -> None:
         word = "paused" if is_paused else "resumed"
         for provider in queryset.filter(is_paused=not is_paused):
@@ -125,6 +161,8 @@ class ProviderAdmin(ModelAdmin):
 
     @admin.display(description="state")
     def state_label(self, provider: Provider) -> SafeString:
+        if provider.refused_at is not None:
+            return cells.label("refused")
         return cells.label("paused" if provider.is_paused else "on")
 
     @admin.display(description="key found here")
@@ -139,54 +177,3 @@ class ProviderAdmin(ModelAdmin):
         query = f"provider={provider.name}"
         links = [cells.list_link(name, query, f"{name}s") for name in ("task", "attempt")]
         return SafeString(" · ".join(links))
-
-
-@admin.register(ProviderModel)
-class ProviderModelAdmin(ModelAdmin):
-    """Edited with its provider; here for the search in a route's candidates."""
-
-    search_fields = ("name", "provider__name")
-    list_display = ("name", "provider", "context_window", "max_output_tokens")
-    list_select_related = ("provider",)
-    show_full_result_count = False
-    sortable_by = ()
-
-    def get_queryset(self, request: HttpRequest) -> Rows:
-        rows: Rows = super().get_queryset(request).select_related("provider")
-        return rows
-
-
-class CandidateInline(TabularInline):
-    model = RouteCandidate
-    extra = 0
-    verbose_name = "candidate"
-    fields = ("position", "model")
-    autocomplete_fields = ("model",)
-
-    def formfield_for_foreignkey(
-        self, db_field: "ForeignKey[Any, Any]", request: HttpRequest, **kwargs: Any
-    ) -> Any:
-        if db_field.name == "model":
-            kwargs["queryset"] = ProviderModel.objects.select_related("provider")
-        return super().formfield_for_foreignkey(db_field, request, **kwargs)
-
-
-@admin.register(Route)
-class RouteAdmin(ModelAdmin):
-    list_display = ("name", "kind", "is_active", "shown_candidates")
-    list_filter = (choice_filter("kind", Route.Kind.choices),)
-    search_fields = ("name",)
-    show_full_result_count = False
-    show_facets = admin.ShowFacets.NEVER
-    sortable_by = ()
-    inlines = (CandidateInline,)
-    fields = (("name", "kind"), "is_active")
-
-    def get_queryset(self, request: HttpRequest) -> Rows:
-        rows: Rows = super().get_queryset(request).prefetch_related("candidates__model__provider")
-        return rows
-
-    @admin.display(description="candidates, in order")
-    def shown_candidates(self, route: Route) -> str:
-        names = [str(candidate.model) for candidate in route.candidates.all()]
-        return " → ".join(names) or "none: add one"

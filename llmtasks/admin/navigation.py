@@ -21,6 +21,8 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("llmtasks.provider", "Providers", "hub"),
             ("llmtasks.route", "Routes", "alt_route"),
+            ("llmtasks.limit", "Limits", "speed"),
+            ("llmtasks.providerevent", "Provider health", "ecg_heart"),
         ),
     ),
     (
@@ -41,11 +43,20 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     ),
 )
 
+# Whose readers find something on the page of queues and limits.
+BOARD = ("llmtasks.task", "llmtasks.limit", "llmtasks.provider", "llmtasks.providerevent")
+
 
 def navigation(request: HttpRequest) -> list[dict[str, Any]]:
     """Unfold's groups: what the user may not see is left out."""
     start = {"title": "Overview", "icon": "monitoring", "link": reverse("admin:index")}
-    groups = [{"items": [start]}]
+    board = {
+        "title": "Queues and limits",
+        "icon": "bar_chart",
+        "link": reverse("queues"),
+        "permission": may_see_any(BOARD),
+    }
+    groups = [{"items": [start, board]}]
     for title, tables in GROUPS:
         items = [item(*table) for table in tables]
         groups.append({"title": title, "separator": True, "items": items})  # type: ignore[dict-item]
@@ -59,6 +70,10 @@ def item(model: str, title: str, icon: str) -> dict[str, Any]:
         "link": reverse(f"admin:{model.replace('.', '_')}_changelist"),
         "permission": may_see(model),
     }
+
+
+def may_see_any(models: tuple[str, ...]) -> Callable[[HttpRequest], bool]:
+    return lambda request: any(may_see(model)(request) for model in models)
 
 
 def may_see(model: str) -> Callable[[HttpRequest], bool]:

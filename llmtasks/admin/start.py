@@ -13,6 +13,7 @@ from django.conf import settings
 from django.http import HttpRequest
 from django.urls import NoReverseMatch, reverse
 
+from llmtasks.admin import limits
 from llmtasks.admin.lists import first_id
 from llmtasks.models import Lane, Provider
 from llmtasks.stores import fetch
@@ -92,6 +93,8 @@ def context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         context["failures"] = failures()
     if may("llmtasks.view_worker"):
         context["workers"] = workers()
+    if may("llmtasks.view_provider"):
+        context["refused"] = limits.refused()
     context["may_switch"] = may("llmtasks.change_provider")
     context["links"] = links()
     return context
@@ -140,7 +143,8 @@ def failures() -> list[dict[str, Any]]:
 
 
 def links() -> list[dict[str, str]]:
-    found = []
+    about = "how close each limit is, breakers, how long work waits"
+    found = [{"title": "Queues and limits", "url": reverse("queues"), "about": about}]
     if url := getattr(settings, "FLOWER_URL", ""):
         found.append({"title": "Flower", "url": url, "about": "the broker's queues and workers"})
     for name, title, about in (("docs", "API docs", "every endpoint, to try out"),):

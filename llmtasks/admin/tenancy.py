@@ -20,7 +20,7 @@ from llmtasks.models import ApiKey, Scope, Tenant
 class TenantAdmin(ModelAdmin):
     """Switched off, not deleted: tasks and bills refer to it."""
 
-    list_display = ("name", "is_active", "created", "rows")
+    list_display = ("name", "is_active", "weight", "created", "rows")
     search_fields = ("name",)
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
@@ -28,7 +28,7 @@ class TenantAdmin(ModelAdmin):
     readonly_fields = ("id", "created_at", "rows")
 
     def get_fields(self, request: HttpRequest, obj: Tenant | None = None) -> tuple[str, ...]:
-        return ("name", "is_active", *(self.readonly_fields if obj else ()))
+        return ("name", "is_active", "weight", *(self.readonly_fields if obj else ()))
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False

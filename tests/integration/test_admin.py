@@ -14,8 +14,10 @@ from llmtasks.models import (
     ApiKey,
     Attempt,
     Lane,
+    Limit,
     Price,
     Provider,
+    ProviderEvent,
     ProviderModel,
     Route,
     Status,
@@ -48,12 +50,14 @@ def test_every_list_and_page_opens(login, everything, model):
     rows = {
         "adjustment": Adjustment, "providermodel": ProviderModel, "apikey": ApiKey,
         "task": Task, "attempt": Attempt, "worker": Worker, "provider": Provider, "route": Route,
-        "price": Price, "tenant": Tenant,
+        "price": Price, "tenant": Tenant, "limit": Limit, "providerevent": ProviderEvent,
     }  # fmt: skip
     assert text(client.get(page(model, rows[model].objects.get().pk)))
 
 
-@pytest.mark.parametrize("model", ["provider", "route", "price", "adjustment", "tenant", "apikey"])
+@pytest.mark.parametrize(
+    "model", ["provider", "route", "price", "adjustment", "tenant", "apikey", "limit"]
+)
 def test_every_form_opens(login, model):
     assert text(login("*").get(reverse(f"admin:llmtasks_{model}_add")))
 
@@ -73,6 +77,7 @@ def test_users_and_groups_open(login):
 def test_no_page_asks_another_host(login, everything):
     client = login("*")
     urls = [reverse("admin:index"), changelist("task"), page("task", everything["task"].pk)]
+    urls += [reverse("queues"), changelist("limit"), page("provider", everything["provider"].pk)]
     for url in urls:
         content = text(client.get(url)).replace('base_url" value="https://', "")
         for start in ('src="http', 'href="http', "url(http"):
