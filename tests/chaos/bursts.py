@@ -22,6 +22,8 @@ class Size:
 
 # A share of the victims is killed without a look at whether it works: at its start, for one.
 BLIND = 0.2
+# A worker is at work when it runs so many tasks.
+AT_WORK = 3
 # So long a burst waits for its victim to come back and work.
 WORK_S = 15.0
 

@@ -21,7 +21,7 @@ from celery import Celery, signals
 
 from project.stack.processes import Child
 from tests.benchmarks import upstream
-from tests.chaos.bursts import WORK_S, Bursts, Size
+from tests.chaos.bursts import AT_WORK, WORK_S, Bursts, Size
 from tests.chaos.submit import until
 
 BROKER, VENDOR = "CONTROL_BROKER", "CONTROL_VENDOR"
@@ -166,7 +166,7 @@ def worker(folder: Path, name: str, environment: Mapping[str, str]) -> Child:
 
 def is_at_work(results: "redis.Redis", name: str) -> bool:
     running: Any = results.hget(RUNNING, f"{name}@control")
-    return int(running or 0) > 0
+    return int(running or 0) >= AT_WORK
 
 
 def start(child: Child | None) -> None:
