@@ -147,7 +147,8 @@ class Cluster:
             self.running[name] = subprocess.Popen(
                 self.commands[name],
                 cwd=ROOT,
-                env={**self.environment, **more},
+                # Postgres shows who is connected.
+                env={**self.environment, "PGAPPNAME": name, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
