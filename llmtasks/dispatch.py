@@ -199,14 +199,15 @@ def pick(
     now = time.monotonic()
     turns.begin_round(now)
     most = {place: min(count, MOST_A_ROUND) for place, count in free.items()}
-    first = {line: turns.first_in(line, most[line[:2]] + SPARE) for line in find(most, turns)}
-    tenants = {tenant for each in first.values() for tenant in each}
-    room = Room.now({line[2] for line in first}, tenants, unbegun or {}, limits)
-    turns.park([tenant for tenant in tenants if room.of_tenant(tenant) < 1], now + PARK_S)
-    turns.closed = {line for line in first if room.of_route(line[2]) < 1}
+    lines = find(most, turns)
+    room = Room.now({route for *_, route in lines}, unbegun or {}, limits)
+    turns.closed = {line for line in lines if room.of_route(line[2]) < 1}
     asks = [
-        ask for place, count in most.items() for ask in asks_at(place, count, first, turns, room)
+        ask for place, count in most.items() for ask in asks_at(place, count, lines, turns, room)
     ]
+    room.ask_tenants({ask.tenant_id for ask in asks})
+    turns.park(room.full_tenants(), now + PARK_S)
+    asks = [ask for ask in asks if ask.tenant_id not in turns.parked]
     heads = find_heads(asks)
     chosen: list[Head] = []
     for place in in_order(most, turns.rounds):
@@ -245,23 +246,17 @@ def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
     return list(found)
 
 
-def asks_at(
-    place: Place,
-    most: int,
-    first: Mapping[Line, Sequence[UUID]],
-    turns: Turns,
-    room: Room,
-) -> list[Ask]:
+def asks_at(place: Place, most: int, lines: Iterable[Line], turns: Turns, room: Room) -> list[Ask]:
     """Whose tasks are looked at, and how many of each: the first of each line, and of all lines
     together as many as there is room for."""
     pairs: list[tuple[Line, UUID]] = []
     more: list[tuple[Line, UUID]] = []
-    for line, tenants in first.items():
+    for line in lines:
         if line[:2] == place:
-            able = [(line, tenant) for tenant in tenants if room.of_tenant(tenant) >= 1]
-            able = able[: int(min(room.of_route(line[2]), len(able)))]
-            pairs += able[:SPARE]
-            more += able[SPARE:]
+            count = int(min(room.of_route(line[2]), most + SPARE))
+            first = [(line, tenant) for tenant in turns.first_in(line, count)]
+            pairs += first[:SPARE]
+            more += first[SPARE:]
     start = turns.stride(place).start
     pairs += heapq.nsmallest(most, more, key=lambda pair: start(pair[1]))
     weights = [turns.lines[line].weights[tenant] for line, tenant in pairs]
@@ -302,10 +297,12 @@ def mark(chosen: Sequence[Head]) -> list[Hint]:
 
 @dataclass
 class Dispatcher:
-    """The loop of the dispatcher's process. `sweep` is called each second while it leads."""
+    """The loop of the dispatcher's process. `take_over` is called when it comes to lead, `sweep`
+    each second while it does."""
 
     sweep: Callable[[], object]
     stopped: threading.Event
+    take_over: Callable[[], object] = lambda: None
     epoch: int = 0
     led_at: float = float("-inf")
     swept_at: float = float("-inf")
@@ -367,6 +364,7 @@ class Dispatcher:
         if not rows:
             return False
         if rows[0][0] != self.epoch:
+            self.take_over()
             self.epoch = rows[0][0]
             log.info("this dispatcher leads", extra={"epoch": self.epoch})
         self.led_at = now

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 from uuid import UUID
 
+import orjson
 import redis
 from celery import current_app
 from kombu import pools
@@ -72,7 +73,7 @@ def publish(hints: Iterable[tuple[UUID, int, str, str]]) -> None:
 def message(task_id: UUID, seq: int, provider: str) -> Any:
     """A hint as Celery's protocol has it. `send_task` makes the same at four times the cost."""
     return current_app.amqp.as_task_v2(
-        f"{task_id}.{seq}",
+        hint_id(task_id, seq),
         task_name(provider),
         args=(str(task_id), seq),
         argsrepr=f"('{task_id}', {seq})",
@@ -82,17 +83,23 @@ def message(task_id: UUID, seq: int, provider: str) -> Any:
     )
 
 
+def hint_id(task_id: UUID, seq: int) -> str:
+    """The id of a hint's message in Celery and Flower."""
+    return f"{task_id}.{seq}"
+
+
 @cache
 def origin() -> str:
     return f"dispatcher@{socket.gethostname()}"
 
 
-def depths(names: list[str]) -> dict[str, int]:
-    """Messages that lie in each queue. Raises `redis.RedisError`."""
+def hints_in(names: Iterable[str]) -> set[str]:
+    """The ids of the hints that lie in the queues: few, since the dispatcher bounds what is
+    released. Raises `redis.RedisError`."""
     with redis_client().pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.llen(name)
-        return dict(zip(names, pipe.execute(), strict=True))
+            pipe.lrange(name, 0, -1)
+        return {orjson.loads(raw)["headers"]["id"] for found in pipe.execute() for raw in found}
 
 
 def wake() -> None:

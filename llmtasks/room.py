@@ -52,6 +52,12 @@ Limits = Callable[
 ]
 
 
+def no_limits(
+    models: Sequence[Model], tenants: Sequence[UUID], horizon_s: float
+) -> tuple[dict[Model, float], dict[UUID, float]]:
+    return {}, {}
+
+
 @dataclass(frozen=True, slots=True)
 class Windows:
     """`free`: how many more tasks may be outstanding at each place that is served and not full.
@@ -113,25 +119,27 @@ class Room:
     # Without those that have no limit.
     models: dict[Model, float] = field(default_factory=dict)
     tenants: dict[UUID, float] = field(default_factory=dict)
+    limits: Limits = no_limits
 
     @classmethod
-    def now(
-        cls,
-        routes: Iterable[str],
-        tenants: Iterable[UUID],
-        unbegun: Mapping[str, int],
-        limits: Limits,
-    ) -> "Room":
+    def now(cls, routes: Iterable[str], unbegun: Mapping[str, int], limits: Limits) -> "Room":
         """Raises what `limits` does."""
         candidates = {route: usable(route) for route in {*routes, *unbegun}}
         models = {model for found in candidates.values() for model in found or ()}
-        room = cls(candidates, *limits(sorted(models), sorted(tenants), HORIZON_S))
+        room = cls(candidates, limits(list(models), [], HORIZON_S)[0], limits=limits)
         for route, count in unbegun.items():
             room.book(route, count)
-        if room.tenants:
-            for tenant, count in fetch(UNBEGUN, {"tenants": list(room.tenants)}):
-                room.tenants[tenant] -= count
         return room
+
+    def ask_tenants(self, tenants: Iterable[UUID]) -> None:
+        """What their own limits leave. Raises what `limits` does."""
+        self.tenants = self.limits([], list(tenants), HORIZON_S)[1]
+        if self.tenants:
+            for tenant, count in fetch(UNBEGUN, {"tenants": list(self.tenants)}):
+                self.tenants[tenant] -= count
+
+    def full_tenants(self) -> list[UUID]:
+        return [tenant for tenant, left in self.tenants.items() if left < 1]
 
     def of_route(self, route: str) -> float:
         models = self.candidates[route]
@@ -139,17 +147,15 @@ class Room:
             return UNLIMITED
         return sum(max(0.0, self.models.get(model, UNLIMITED)) for model in models)
 
-    def of_tenant(self, tenant: UUID) -> float:
-        return self.tenants.get(tenant, UNLIMITED)
-
     def take(self, head: Head) -> bool:
         """Book a task's call, if there is room for it."""
         route = head.ask.line[2]
-        if self.of_route(route) < 1 or self.of_tenant(head.ask.tenant_id) < 1:
+        tenant = head.ask.tenant_id
+        if self.of_route(route) < 1 or self.tenants.get(tenant, UNLIMITED) < 1:
             return False
         self.book(route, 1)
-        if head.ask.tenant_id in self.tenants:
-            self.tenants[head.ask.tenant_id] -= 1
+        if tenant in self.tenants:
+            self.tenants[tenant] -= 1
         return True
 
     def book(self, route: str, count: float) -> None:

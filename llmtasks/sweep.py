@@ -19,8 +19,9 @@ from llmtasks.stores import fetch
 log = logging.getLogger(__name__)
 
 BATCH = 1000
-# A hint is lost when it is older than HINT_LOST_S and its queue is empty, or than this.
-HINT_LOST_FOR_SURE_S = 600.0
+# A new leader looks at younger hints than HINT_LOST_S: the one before may have died between its
+# mark and its hints, and what it marked takes slots.
+LEFT_BEHIND_S = 1.0
 
 # What the owner's end means: cancelled if that was asked for; inline work and work that must not
 # run twice fails; other work waits again.
@@ -55,18 +56,16 @@ RETURNING t.id, t.status, t.mode, t.id IN (SELECT task_id FROM unknown)
 """
 
 OLD_HINTS = """
-SELECT DISTINCT provider, lane FROM llmtasks_task
+SELECT id, seq, provider, lane FROM llmtasks_task
 WHERE status = 'queued' AND queued_at < statement_timestamp() - make_interval(secs => %(age)s)
 """
 
 PUT_BACK = """
 WITH lost AS (
     SELECT id FROM llmtasks_task
-    WHERE status = 'queued' AND (
-        queued_at < statement_timestamp() - make_interval(secs => %(sure)s)
-        OR (queued_at < statement_timestamp() - make_interval(secs => %(age)s)
-            AND provider || '.' || lane = ANY(%(empty)s)))
-    ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+    WHERE id = ANY(%(lost)s) AND status = 'queued'
+        AND queued_at < statement_timestamp() - make_interval(secs => %(age)s)
+    ORDER BY id FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'waiting', queued_at = NULL
 FROM lost WHERE t.id = lost.id AND t.status = 'queued' RETURNING t.id
@@ -107,19 +106,24 @@ def take_from_dead() -> int:
     return len(rows)
 
 
-def put_back_lost_hints() -> int:
-    """Tasks whose message the broker or a worker lost."""
-    age = {"age": settings.LLMTASKS["HINT_LOST_S"]}
-    pairs = fetch(OLD_HINTS, age)
-    if not pairs:
+def take_over() -> int:
+    """What a new leader does first."""
+    return put_back_lost_hints(LEFT_BEHIND_S)
+
+
+def put_back_lost_hints(age_s: float | None = None) -> int:
+    """Tasks that were released so long ago and whose hints lie in no queue: never sent, or lost by
+    the broker or a worker. One that a worker has in hand at this moment will find itself stale."""
+    age = {"age": settings.LLMTASKS["HINT_LOST_S"] if age_s is None else age_s}
+    old = fetch(OLD_HINTS, age)
+    if not old:
         return 0
-    names = [queues.queue_name(provider, lane) for provider, lane in pairs]
     try:
-        empty = [name for name, depth in queues.depths(names).items() if depth == 0]
+        sent = queues.hints_in({queues.queue_name(provider, lane) for *_, provider, lane in old})
     except redis.RedisError:
         return 0
-    values = age | {"sure": HINT_LOST_FOR_SURE_S, "empty": empty, "batch": BATCH}
-    rows = fetch(PUT_BACK, values)
+    lost = [task_id for task_id, seq, *_ in old if queues.hint_id(task_id, seq) not in sent]
+    rows = fetch(PUT_BACK, age | {"lost": lost})
     if rows:
         log.warning("put back tasks whose hints were lost", extra={"tasks": len(rows)})
     tell([(task_id, Status.WAITING) for (task_id,) in rows])

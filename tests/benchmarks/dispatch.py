@@ -6,6 +6,7 @@ Its process is the real one. A lane's workers are rows with many slots and one c
 """
 
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -40,7 +41,8 @@ INSERT INTO llmtasks_task (
     on_unknown, streams, created_at, not_before, deadline, seq, fence, attempts, input_tokens,
     cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost_state,
     error_class, error_message, error_param)
-SELECT gen_random_uuid(),
+SELECT (lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint + n / 1000), 12, '0') || '7'
+        || substr(md5(n::text), 1, 3) || '8' || substr(md5(n::text), 4, 15))::uuid,
     CASE WHEN n %% 100 < %(heavy)s THEN md5('heavy')::uuid
         ELSE md5((n %% %(tenants)s)::text)::uuid END,
     'chat', 'queued', 'default', 'waiting', (%(routes)s::text[])[1 + n %% 3],
@@ -178,6 +180,15 @@ class Bench:
                 raise SystemExit("no dispatcher leads: see its log")
             time.sleep(0.05)
 
+    def wait_until_alive(self, pid: int) -> None:
+        """Until a dispatcher's row is there."""
+        deadline = time.monotonic() + READY_S
+        alive = "SELECT count(*) FROM llmtasks_worker WHERE role = 'dispatcher' AND pid = %s"
+        while not self.one(alive, pid):
+            if time.monotonic() > deadline:
+                raise SystemExit("the standby does not start: see its log")
+            time.sleep(0.05)
+
     def cpu(self, **others: psutil.Process) -> dict[str, float]:
         return {name: cpu_of(root) for name, root in {**self.servers, **others}.items()}
 
@@ -307,7 +318,9 @@ def handovers(bench: Bench, plan: Plan) -> dict[str, Any]:
         bench.wait_for_leader()
         for _ in range(plan.handovers):
             leading, standby = standby, bench.start("dispatcher", "manage.py", "dispatcher")
-            time.sleep(3.0)
+            bench.wait_until_alive(process_of(standby).pid)
+            # A while, so that it stands by in the middle of the leader's lease.
+            time.sleep(random.uniform(0.5, 2.0))
             if bench.leader() != process_of(leading).pid:
                 raise SystemExit("the standby leads")
             process_of(leading).kill()

@@ -455,10 +455,12 @@ def run_loop(dispatcher: Dispatcher) -> threading.Thread:
 def test_the_loop_releases_sweeps_and_hands_the_lead_on():
     serve("sandbox")
     swept = threading.Event()
-    first = Dispatcher(swept.set, threading.Event())
+    taken = threading.Event()
+    first = Dispatcher(swept.set, threading.Event(), taken.set)
     thread = run_loop(first)
     try:
         until(lambda: Config.objects.get().leader == pulse.owner_id())
+        assert taken.wait(10)
         [task] = waiting(1)
         queues.wake()
         until(lambda: Task.objects.get(id=task.id).status == "queued")

@@ -68,7 +68,7 @@ STATEMENTS = {
     "TAKE_FROM_DEAD": (sweep.TAKE_FROM_DEAD, {"batch": 1000}),
     "LEFT_OPEN": (sweep.LEFT_OPEN, {"batch": 1000, "age": 30}),
     "OLD_HINTS": (sweep.OLD_HINTS, {"age": 30}),
-    "PUT_BACK": (sweep.PUT_BACK, {"age": 30, "sure": 600, "empty": ["a.bulk"], "batch": 1000}),
+    "PUT_BACK": (sweep.PUT_BACK, {"age": 30, "lost": IDS}),
     "EXPIRE": (sweep.EXPIRE, {"batch": 1000}),
     "CLAIM": (ledger.CLAIM, {"task": IDS[0], "seq": 1, "owner": IDS[1]}),
     "RECOUNT": (ledger.RECOUNT, {"ids": IDS}),

@@ -141,20 +141,22 @@ def released(age_s: float, **fields: Any) -> Task:
     return factories.task(status="queued", seq=1, queued_at=at, **fields)
 
 
-def test_a_hint_is_lost_when_it_is_old_and_its_queue_is_empty():
+def test_a_hint_is_lost_when_it_is_old_and_lies_in_no_queue():
     lost, young = released(40), released(5)
-    waits = released(40, lane="bulk")
-    queues.publish([(waits.id, 1, "sandbox", "bulk")])
-    assert sweep.run() == 1
+    waits, stale = released(4000, lane="bulk"), released(40, lane="bulk")
+    queues.publish([(waits.id, 1, "sandbox", "bulk"), (stale.id, 0, "sandbox", "bulk")])
+    assert sweep.run() == 2
     assert (after(lost).status, after(lost).queued_at) == ("waiting", None)
     assert (after(young).status, after(waits).status) == ("queued", "queued")
+    # Of the other a hint lies there, but of an earlier release.
+    assert after(stale).status == "waiting"
 
 
-def test_a_hint_is_lost_for_sure_when_it_is_much_older():
-    task = released(700)
-    queues.publish([(task.id, 1, "sandbox", "default")])
-    assert sweep.run() == 1
-    assert after(task).status == "waiting"
+def test_a_new_leader_puts_back_what_the_one_before_marked_and_did_not_send():
+    left, sent, now = released(3), released(3), released(0)
+    queues.publish([(sent.id, 1, "sandbox", "default")])
+    assert sweep.take_over() == 1
+    assert [after(task).status for task in (left, sent, now)] == ["waiting", "queued", "queued"]
 
 
 def test_a_hint_that_was_put_back_is_stale_when_it_comes():
@@ -172,10 +174,10 @@ def test_nothing_is_put_back_while_redis_cannot_tell(monkeypatch):
 
     task = released(700)
 
-    def away(_names: list[str]) -> None:
+    def away(_names: set[str]) -> None:
         raise redis.ConnectionError
 
-    monkeypatch.setattr(queues, "depths", away)
+    monkeypatch.setattr(queues, "hints_in", away)
     assert sweep.run() == 0
     assert after(task).status == "queued"
 

@@ -21,5 +21,5 @@ class Command(BaseCommand):
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stopped.set())
         pulse.start(Worker.Role.DISPATCHER)
-        Dispatcher(sweep.run, stopped).run()
+        Dispatcher(sweep.run, stopped, sweep.take_over).run()
         pulse.stop()
