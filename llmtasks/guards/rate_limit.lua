@@ -5,19 +5,25 @@
 --
 -- key                                type    what                                       lives
 -- {limits}:epoch                     string  since when Redis remembers (us)            for ever
--- {limits}:meter:<limit>[:<who>]     hash    tat     when the bucket is full again (us) window
+-- {limits}:meter:<limit>[:<who>]     hash    since   the epoch in which it began        window
+--                                            all     when the bucket is full again (us)
+--                                            back    the same for background work
 --                                            sum     used in the slots below
 --                                            oldest  no slot before this one
 --                                            cap     the vendor's own limit, if lower
+--                                            want    "<tokens> <until>": left for a call that
+--                                                    somebody waits for
+--                                            big     the same for a large background call
 --                                            mean    what a call uses (moving average)
 --                                            <n>     used in the n-th 120th of the window
 --                                    zset    calls at once: attempt -> its lease's end  leases
+-- {limits}:seeding:<limit>[:<who>]   string  somebody reads in Postgres what was used   seconds
 -- {limits}:gate:<place>              string  closed until (us)                          until then
--- {limits}:breaker:<place>           hash    state, until, cooldown, passed; of six     an hour
---                                            5 s: n<i> which, c<i> calls, f<i> faults
+-- {limits}:breaker:<place>           hash    state, until, cooldown, passed             an hour
+-- {limits}:health:<place>            hash    c<n> calls, f<n> faults of the n-th 5 s    a minute
 -- {limits}:probes:<place>            zset    half-open: attempt -> its lease's end      leases
--- {limits}:stats:<place>             hash    ratio, output, p95 (moving estimates)      a week
--- {limits}:tries:<provider>          hash    of six 10 s: n<i> which, c<i>, x<i> again  minutes
+-- {limits}:stats:<place>             hash    ratio, high, output, p95 (moving)          a week
+-- {limits}:tries:<provider>          hash    c<n> calls, x<n> again of the n-th 10 s    a minute
 -- {limits}:errors                    hash    <place> <error class> -> count             for ever
 -- {limits}:taken:<attempt>           string  granted at (us)                            the call
 --
@@ -25,14 +31,22 @@
 --
 -- A rate has two meters. The bucket (GCRA) spreads the window's amount evenly, with a burst. The
 -- slots count what was used in any window: never more than the amount, whatever was estimated,
--- settled or used in bursts. ARGV: the operation, then its arguments as JSON.
+-- settled or used in bursts. `docs/decisions/0015-two-meters-for-a-rate.md` says why.
+--
+-- ARGV: the operation, its arguments as JSON, and anything where the server did not know this
+-- script: then it was started since the last call, or is another, and what it holds may be old.
 
 local SLOTS = 120
 local BREAKER_SLOT, BREAKER_SLOTS, BREAKER_LEAST = 5e6, 6, 20
 local COOLDOWN, COOLDOWN_MOST = 10e6, 120e6
+local HEALTH, TRIES = { 'c', 'f' }, { 'c', 'x' }
 local PROBES, PROBES_TO_CLOSE = 3, 2
 local TRIES_SLOT, TRIES_SLOTS, TRIES_LEAST, TRIES_SHARE = 10e6, 6, 10, 0.2
-local WEEK_MS, HOUR_MS = 604800000, 3600000
+local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 5000
+-- So long two processes that see the same restart may be apart.
+local RESTART = 5e6
+-- What is left for a waiting call is left until it can have asked again.
+local CLAIM_SHARE, CLAIM_US = 1.2, 200000
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1e6 + clock[2]
@@ -40,90 +54,170 @@ local args = cjson.decode(ARGV[2])
 
 local function text(number) return string.format('%.0f', number) end
 
-local function epoch()
-  local since = redis.call('GET', '{limits}:epoch')
-  if not since then
+local function epoch(known)
+  local since = tonumber(known)
+  if not since or since > now or (ARGV[3] and now - since > RESTART) then
     redis.call('SET', '{limits}:epoch', text(now))
     return now
   end
-  return tonumber(since)
+  return since
 end
 
 -- Rates ------------------------------------------------------------------------------------------
--- m: key, need (reserved), pace (expected), amount, burst, keep (what background work leaves),
---    per (window, us), slack (slots)
+
+-- m: need (reserved), pace (expected), amount, burst, keep (what background work leaves),
+--    per (the window, us; 0 for calls at once), slack (slots), seeds (Postgres knows what was used)
+
+local function meters()
+  for i, m in ipairs(args.meters) do m.key = KEYS[i] end
+  return args.meters
+end
+
+local function use(m, slot, units)
+  local used = redis.call('HINCRBY', m.key, text(slot), text(units))
+  m.sum = m.sum + units
+  m.oldest = math.min(m.oldest, slot)
+  return used
+end
 
 local function forget_old(m)
   -- What fell out of the window no longer counts.
-  if m.oldest < m.first then
-    local names = {}
-    for slot = m.oldest, math.min(m.first, m.oldest + 2 * SLOTS) - 1 do
-      names[#names + 1] = text(slot)
-    end
-    for _, used in ipairs(redis.call('HMGET', m.key, unpack(names))) do
-      m.sum = m.sum - (tonumber(used) or 0)
-    end
-    redis.call('HDEL', m.key, unpack(names))
-    m.oldest = m.first
-    redis.call('HSET', m.key, 'sum', text(m.sum), 'oldest', text(m.oldest))
+  local names = {}
+  for slot = m.oldest, math.min(m.first, m.oldest + 2 * SLOTS) - 1 do
+    names[#names + 1] = text(slot)
   end
+  for _, used in ipairs(redis.call('HMGET', m.key, unpack(names))) do
+    m.sum = m.sum - (tonumber(used) or 0)
+  end
+  redis.call('HDEL', m.key, unpack(names))
+  m.oldest = m.first
+  redis.call('HSET', m.key, 'sum', text(m.sum), 'oldest', text(m.oldest))
+end
+
+local function begin_again(m)
+  -- The clock was set back, or the window is another one: all of it counts as used just now.
+  local sum = m.sum
+  redis.call('DEL', m.key)
+  m.all, m.back, m.sum, m.oldest = now, now, 0, m.slot
+  use(m, m.slot, sum)
+  redis.call('HSET', m.key, 'since', text(m.since), 'sum', text(sum), 'oldest', text(m.oldest))
+  redis.call('PEXPIRE', m.key, m.life)
+end
+
+local function claim(value)
+  -- What a claim still holds back, and until when.
+  local need, til = string.match(value or '', '^(%d+) (%d+)$')
+  if need and tonumber(til) > now then return tonumber(need), tonumber(til) end
+  return 0, now
 end
 
 local function read_rate(m, since)
-  local tat, sum, oldest, cap, mean = unpack(
-    redis.call('HMGET', m.key, 'tat', 'sum', 'oldest', 'cap', 'mean'))
-  m.width = m.per / SLOTS
+  m.width = math.ceil(m.per / SLOTS)
   m.slot = math.floor(now / m.width)
   m.first = m.slot - SLOTS - m.slack
-  m.amount = math.min(m.amount, tonumber(cap) or m.amount)
+  m.life = (SLOTS + m.slack + 2) * math.ceil(m.width / 1000)
+  local began, all, back, sum, oldest, cap, want, big = unpack(redis.call('HMGET', m.key,
+    'since', 'all', 'back', 'sum', 'oldest', 'cap', 'want', 'big'))
+  m.cap = tonumber(cap)
+  m.limit = m.amount
+  m.amount = math.min(m.amount, m.cap or m.amount)
   m.burst = math.min(m.burst, m.amount)
+  m.keep = math.min(m.keep, m.burst)
   m.interval = (m.per + (m.slack + 0.5) * m.width) / m.amount
-  m.mean = tonumber(mean)
+  m.is_known = sum and true or false
+  -- Nobody knows what was used before a loss of Redis.
+  m.back_at = since + m.per + (m.slack + 1) * m.width
+  m.is_lost = tonumber(began) ~= since and now < m.back_at
+  local start = now < m.back_at and since + m.burst * m.interval or now
+  m.since = since
+  m.all = math.max(tonumber(all) or start, now)
+  m.back = math.max(tonumber(back) or start, now)
   m.sum = tonumber(sum) or 0
   m.oldest = tonumber(oldest) or m.slot
-  -- After a loss of Redis nobody knows what was used: the bucket starts empty.
-  local start = (not tat and now - since < m.per) and since + m.burst * m.interval or now
-  m.tat = math.max(tonumber(tat) or start, now)
-  forget_old(m)
+  m.want, m.want_til = claim(want)
+  m.big, m.big_til = claim(big)
+  if m.oldest > m.slot then begin_again(m) end
+  if m.oldest < m.first then forget_old(m) end
   return m
 end
 
 local function wait_for_window(m, most)
   -- Until so much fell out of the window that the need fits.
+  if m.sum + m.need <= most then return 0 end
+  if m.need > most then return math.huge end
   local freed, slot = 0, m.oldest
-  while slot <= m.slot do
+  while slot < m.slot do
     freed = freed + (tonumber(redis.call('HGET', m.key, text(slot))) or 0)
     if m.sum - freed + m.need <= most then break end
     slot = slot + 1
   end
-  return math.max((slot + SLOTS + m.slack + 1) * m.width - now, 1000)
+  return (slot + SLOTS + m.slack + 1) * m.width - now
+end
+
+local function wait_in_turn(m, urgent, most)
+  -- Background work leaves what an urgent call, or a larger one, waits for.
+  local wants, bigs = m.want, m.big > m.need and m.big or 0
+  if urgent or wants + bigs == 0 then return wait_for_window(m, most) end
+  local after_want = math.max(m.want_til - now, wait_for_window(m, most - bigs))
+  local after_big = math.max(m.big_til - now, wait_for_window(m, most - wants))
+  local after_both = math.max(m.want_til - now, m.big_til - now, wait_for_window(m, most))
+  return math.min(wait_for_window(m, most - wants - bigs), after_want, after_big, after_both)
+end
+
+local function claim_room(found, wait)
+  -- So that what is smaller or less urgent does not take, bit by bit, what this call waits for.
+  if wait > args.patience then return end
+  local til = now + wait * CLAIM_SHARE + CLAIM_US
+  for _, m in ipairs(found) do
+    if m.per > 0 and m.is_full and m.need >= (args.urgent and m.want or m.big) then
+      redis.call('HSET', m.key, args.urgent and 'want' or 'big', text(m.need) .. ' ' .. text(til))
+    end
+  end
 end
 
 local function wait_for_rate(m, urgent)
+  if m.is_lost then return m.back_at - now end
   local keep = urgent and 0 or m.keep
-  -- A call that is larger than the limit waits for all of it.
   local most = m.amount - math.min(keep, m.amount / 100)
+  -- A call that is larger than the limit waits for all of it.
   m.need = math.min(m.need, math.floor(most))
   m.pace = math.min(m.pace, m.need)
-  local wait = 0
-  if m.sum + m.need > most then wait = wait_for_window(m, most) end
+  local wait = wait_in_turn(m, urgent, most)
+  m.is_full = wait > 0 and m.is_known
   if m.burst < m.amount then
-    local burst = m.burst - keep
-    local level = (m.tat - now) / m.interval
-    local over = level + math.min(m.pace, burst) - burst
+    -- Where any of the burst is left a call begins, and is charged for all that it is expected to
+    -- use: else small ones would always be before a large one.
+    local level = ((urgent and m.all or m.back) - now) / m.interval
+    local over = level + math.min(m.pace, 1, m.burst - keep) - (m.burst - keep)
     -- Less than a millionth of a unit is rounding.
     if over > 1e-6 then wait = math.max(wait, over * m.interval) end
   end
   return wait
 end
 
-local function take_rate(m)
-  redis.call('HINCRBY', m.key, text(m.slot), text(m.need))
-  redis.call('HSET', m.key, 'tat', text(m.tat + m.pace * m.interval),
-    'sum', text(m.sum + m.need), 'oldest', text(m.oldest))
-  redis.call('PEXPIRE', m.key, text((m.per + (m.slack + 2) * m.width) / 1000))
-  m.left = math.max(0, math.floor(m.amount - m.sum - m.need))
-  m.reset = m.tat + m.pace * m.interval - now
+local function charge(m, urgent, units)
+  -- Background work never fills the bucket so far that the reserve is gone.
+  m.back = m.back + units * m.interval
+  if urgent then
+    m.all = m.all + units * m.interval
+  else
+    m.all = math.max(m.all, math.min(m.all + units * m.interval,
+      now + (m.burst - m.keep) * m.interval))
+  end
+end
+
+local function put_rate(m)
+  redis.call('HSET', m.key, 'since', text(m.since), 'all', text(m.all), 'back', text(m.back),
+    'sum', text(m.sum), 'oldest', text(m.oldest))
+end
+
+local function take_rate(m, urgent)
+  charge(m, urgent, m.pace)
+  local is_first = use(m, m.slot, m.need) == m.need
+  put_rate(m)
+  if is_first then redis.call('PEXPIRE', m.key, m.life) end
+  m.left = math.max(0, math.floor(m.amount - m.sum))
+  m.reset = m.back - now
 end
 
 -- Calls at once ----------------------------------------------------------------------------------
@@ -132,7 +226,7 @@ local function wait_for_slot(m, urgent, since)
   redis.call('ZREMRANGEBYSCORE', m.key, '-inf', text(now))
   m.sum = redis.call('ZCARD', m.key)
   -- After a loss of Redis the leases under way come back with their renewal.
-  if now - since < args.lease / 4 then return 250000 end
+  if now - since < args.quiet then return args.quiet - (now - since) end
   if m.sum + 1 > m.amount - (urgent and 0 or m.keep) then return 100000 end
   return 0
 end
@@ -143,36 +237,35 @@ local function take_slot(m, attempt)
   m.left, m.reset = m.amount - m.sum - 1, 0
 end
 
--- Counts in a ring of slots: the retry budget's and the breaker's -----------------------------------
+-- Counts of the last slots of time: the retry budget's and the breaker's -------------------------
 
-local function ring(key, width, slots, names)
-  local h = {}
-  local flat = redis.call('HGETALL', key)
-  for i = 1, #flat, 2 do h[flat[i]] = flat[i + 1] end
-  local number = math.floor(now / width)
-  local totals = {}
-  for _, name in ipairs(names) do totals[name] = 0 end
-  for i = 0, slots - 1 do
-    local age = number - (tonumber(h['n' .. i]) or -slots)
-    if age < slots then
-      for _, name in ipairs(names) do
-        totals[name] = totals[name] + (tonumber(h[name .. i]) or 0)
-      end
-    end
+local function fields(first, last, names)
+  local found = {}
+  for _, name in ipairs(names) do
+    for slot = first, last do found[#found + 1] = name .. text(slot) end
   end
-  return h, totals, number
+  return found
 end
 
-local function count(key, h, number, slots, adds, life)
-  local i = number % slots
-  local fresh = tonumber(h['n' .. i]) ~= number
-  local values = { 'n' .. i, text(number) }
-  for name, add in pairs(adds) do
-    values[#values + 1] = name .. i
-    values[#values + 1] = text((fresh and 0 or tonumber(h[name .. i]) or 0) + add)
+local function recent(key, width, slots, names)
+  local number = math.floor(now / width)
+  local counts = redis.call('HMGET', key, unpack(fields(number - slots + 1, number, names)))
+  local totals = {}
+  for i = 1, #names do
+    totals[i] = 0
+    for slot = 1, slots do
+      totals[i] = totals[i] + (tonumber(counts[(i - 1) * slots + slot]) or 0)
+    end
   end
-  redis.call('HSET', key, unpack(values))
-  redis.call('PEXPIRE', key, life)
+  return unpack(totals)
+end
+
+local function count(key, width, slots, names, name)
+  local number = math.floor(now / width)
+  if redis.call('HINCRBY', key, name .. text(number), 1) == 1 then
+    redis.call('HDEL', key, unpack(fields(number - 2 * slots - 1, number - slots, names)))
+    redis.call('PEXPIRE', key, text(width * (slots + 1) / 1000))
+  end
 end
 
 -- The breaker ------------------------------------------------------------------------------------
@@ -187,221 +280,297 @@ local function wait_for_breaker(place)
   return 0, true, state
 end
 
-local function open(key, cooldown)
+local function begin_probe(place, state, attempt)
+  local probes = '{limits}:probes:' .. place
+  redis.call('ZADD', probes, text(now + args.lease), attempt)
+  redis.call('PEXPIRE', probes, text(args.lease / 1000 * 2))
+  if state == 'open' then
+    redis.call('HSET', '{limits}:breaker:' .. place, 'state', 'half_open')
+    return 'half_open'
+  end
+end
+
+local function open(place, cooldown)
+  local key = '{limits}:breaker:' .. place
   redis.call('DEL', key)
   redis.call('HSET', key, 'state', 'open', 'until', text(now + cooldown), 'cooldown',
     text(cooldown))
   redis.call('PEXPIRE', key, HOUR_MS)
+  redis.call('DEL', '{limits}:health:' .. place)
   return 'opened'
 end
 
-local function settle_probe(key, probes, is_fault)
+local function settle_probe(place, is_fault)
+  local key, probes = '{limits}:breaker:' .. place, '{limits}:probes:' .. place
   local cooldown, passed = unpack(redis.call('HMGET', key, 'cooldown', 'passed'))
   if is_fault then
     redis.call('DEL', probes)
-    return open(key, math.min(2 * (tonumber(cooldown) or COOLDOWN), COOLDOWN_MOST))
+    return open(place, math.min(2 * (tonumber(cooldown) or COOLDOWN), COOLDOWN_MOST))
   end
   if (tonumber(passed) or 0) + 1 >= PROBES_TO_CLOSE then
     redis.call('DEL', key, probes)
+    redis.call('DEL', '{limits}:health:' .. place)
     return 'closed'
   end
   redis.call('HINCRBY', key, 'passed', 1)
 end
 
-local function tell_breaker(place, is_fault, attempt)
-  local key, probes = '{limits}:breaker:' .. place, '{limits}:probes:' .. place
-  local was_probe = redis.call('ZREM', probes, attempt) == 1
-  local h, totals, number = ring(key, BREAKER_SLOT, BREAKER_SLOTS, { 'c', 'f' })
-  if h.state == 'half_open' then
-    return was_probe and settle_probe(key, probes, is_fault) or nil
+local function tell_breaker(place, health, attempt)
+  local state = redis.call('HGET', '{limits}:breaker:' .. place, 'state')
+  if state then
+    local was_probe = redis.call('ZREM', '{limits}:probes:' .. place, attempt) == 1
+    if state == 'half_open' and was_probe and health ~= '' then
+      return settle_probe(place, health == 'fault')
+    end
+    return nil
   end
-  if h.state == 'open' then return nil end
-  local calls, faults = totals.c + 1, totals.f + (is_fault and 1 or 0)
-  if is_fault and calls >= BREAKER_LEAST and faults * 2 >= calls then
-    return open(key, COOLDOWN)
+  if health == '' then return nil end
+  local key = '{limits}:health:' .. place
+  count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'c')
+  if health == 'fault' then
+    count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'f')
+    local calls, faults = recent(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH)
+    if calls >= BREAKER_LEAST and faults * 2 >= calls then return open(place, COOLDOWN) end
   end
-  count(key, h, number, BREAKER_SLOTS, { c = 1, f = is_fault and 1 or 0 }, HOUR_MS)
 end
 
--- Operations -------------------------------------------------------------------------------------
+-- What is learnt of a model ----------------------------------------------------------------------
 
-local function meters()
-  for i, m in ipairs(args.meters) do m.key = KEYS[i] end
-  return args.meters
+local function average(known, value, share)
+  return known and known + share * (value - known) or value
+end
+
+local function p95(known, value, least)
+  -- A step up for each larger value, a nineteenth of it down for each smaller one.
+  if not known then return value end
+  local step = 0.05 * math.max(known, least)
+  return value > known and known + 0.95 * step or known - 0.05 * step
 end
 
 local function stats(place)
-  local found = redis.call('HMGET', '{limits}:stats:' .. place, 'ratio', 'output', 'p95')
-  return { found[1] or '', found[2] or '', found[3] or '' }
+  local found = redis.call('HMGET', '{limits}:stats:' .. place, 'ratio', 'output', 'p95', 'high')
+  for i = 1, 4 do found[i] = found[i] or '' end
+  return found
 end
+
+local function learn(place)
+  local ratio, output, slow, high = unpack(stats(place))
+  slow = string.format('%.1f', p95(tonumber(slow), args.ms, 1))
+  if (args.ratio or 0) > 0 then
+    ratio = string.format('%.5f', average(tonumber(ratio), args.ratio, 0.05))
+    high = string.format('%.5f', p95(tonumber(high), args.ratio, 1e-3))
+  end
+  if (args.output or 0) > 0 then
+    output = string.format('%.2f', average(tonumber(output), args.output, 0.1))
+  end
+  local key = '{limits}:stats:' .. place
+  redis.call('HSET', key, 'ratio', ratio, 'output', output, 'p95', slow, 'high', high)
+  redis.call('PEXPIRE', key, WEEK_MS)
+  return { ratio, output, slow, high }
+end
+
+-- Operations -------------------------------------------------------------------------------------
 
 local function refused(wait, why, index)
   return cjson.encode({ wait = math.ceil(wait), why = why, index = index })
 end
 
-local function granted(at, probe, event)
+local function granted(at, found, probe, event)
   local shown = {}
-  for i, m in ipairs(args.meters) do shown[i] = { m.need, m.pace, m.left or -1, m.reset or 0 } end
-  if #shown == 0 then shown = cjson.null end
-  return cjson.encode({ at = text(at), probe = probe, event = event, meters = shown,
-    stats = stats(args.place) })
+  for i, m in ipairs(found) do shown[i] = { m.need, m.pace, m.left or -1, m.reset or 0 } end
+  return cjson.encode({ at = text(at), probe = probe, event = event,
+    meters = #shown > 0 and shown or nil, stats = args.stats and stats(args.place) or nil })
 end
 
 local operations = {}
 
+local function wait_for_meters(found, since)
+  -- The longest wait and whose it is; or the meter that must be told what was used.
+  local worst, index = 0, nil
+  for i, m in ipairs(found) do
+    local wait = 0
+    if m.per > 0 then
+      read_rate(m, since)
+      if m.is_lost and m.seeds then
+        if redis.call('SET', m.key:gsub(':meter:', ':seeding:', 1), '1', 'NX', 'PX',
+            SEEDING_MS) then
+          return 0, nil, i
+        end
+        wait = 50000
+      else
+        wait = wait_for_rate(m, args.urgent)
+      end
+    else
+      wait = wait_for_slot(m, args.urgent, since)
+    end
+    if wait > worst then worst, index = wait, i end
+  end
+  return worst, index
+end
+
 function operations.take()
   local marker = '{limits}:taken:' .. args.attempt
-  local before = redis.call('GET', marker)
-  if before then return granted(tonumber(before), false) end
-  local gate = tonumber(redis.call('GET', '{limits}:gate:' .. args.place) or 0)
-  if gate > now then return refused(gate - now, 'gate') end
+  local taken, gate, known = unpack(redis.call('MGET', marker, '{limits}:gate:' .. args.place,
+    '{limits}:epoch'))
+  if taken then return granted(tonumber(taken), meters(), false) end
+  if gate and tonumber(gate) > now then return refused(gate - now, 'gate') end
   local wait, probe, state = wait_for_breaker(args.place)
   if wait > 0 then return refused(wait, 'breaker') end
   local tries = '{limits}:tries:' .. args.provider
-  local h, totals, number = ring(tries, TRIES_SLOT, TRIES_SLOTS, { 'c', 'x' })
-  if args.again and totals.x + 1 > math.max(TRIES_LEAST, TRIES_SHARE * totals.c) then
-    return refused(TRIES_SLOT / 2, 'retries')
-  end
-  local since = epoch()
-  local worst, index = 0, nil
-  for i, m in ipairs(meters()) do
-    if m.per > 0 and m.seeds and now - since < m.per and redis.call('EXISTS', m.key) == 0 then
-      return cjson.encode({ seed = i })
-    end
-    local waits = m.per > 0 and wait_for_rate(read_rate(m, since), args.urgent)
-      or (m.per == 0 and wait_for_slot(m, args.urgent, since))
-    if waits > worst then worst, index = waits, i end
-  end
-  if worst > 0 then return refused(worst, 'limit', index) end
-  for _, m in ipairs(args.meters) do
-    if m.per > 0 then take_rate(m) else take_slot(m, args.attempt) end
-  end
-  count(tries, h, number, TRIES_SLOTS, args.again and { c = 0, x = 1 } or { c = 1, x = 0 }, 120000)
-  redis.call('SET', marker, text(now), 'PX', text(args.life / 1000))
-  local event
-  if probe then
-    redis.call('ZADD', '{limits}:probes:' .. args.place, text(now + args.lease), args.attempt)
-    redis.call('PEXPIRE', '{limits}:probes:' .. args.place, text(args.lease / 1000 * 2))
-    if state == 'open' then
-      redis.call('HSET', '{limits}:breaker:' .. args.place, 'state', 'half_open')
-      event = 'half_open'
+  if args.again then
+    local calls, again = recent(tries, TRIES_SLOT, TRIES_SLOTS, TRIES)
+    if again + 1 > math.max(TRIES_LEAST, TRIES_SHARE * calls) then
+      return refused(TRIES_SLOT / 2, 'retries')
     end
   end
-  return granted(now, probe, event)
+  local found = meters()
+  local worst, index, lost = wait_for_meters(found, epoch(known))
+  if lost then return cjson.encode({ seed = lost }) end
+  if worst > 0 then
+    claim_room(found, worst)
+    return refused(worst, 'limit', index)
+  end
+  for _, m in ipairs(found) do
+    if m.per > 0 then take_rate(m, args.urgent) else take_slot(m, args.attempt) end
+  end
+  count(tries, TRIES_SLOT, TRIES_SLOTS, TRIES, args.again and 'x' or 'c')
+  redis.call('SET', marker, text(now), 'PX', args.life)
+  return granted(now, found, probe, probe and begin_probe(args.place, state, args.attempt) or nil)
 end
 
-local function settle_rate(m, at)
-  if m.used == m.need and m.used == m.pace then return end
-  -- Into the slot of the call's start: the window shows what was used when.
-  local by = m.used - m.need
-  local state = read_rate(m, 0)
-  local slot = math.floor(at / m.width)
-  if slot >= state.first then
-    redis.call('HINCRBY', m.key, text(slot), text(by))
-    redis.call('HSET', m.key, 'sum', text(state.sum + by), 'oldest',
-      text(math.min(state.oldest, slot)), 'tat', text(state.tat + (m.used - m.pace) * m.interval))
-    redis.call('PEXPIRE', m.key, text((m.per + (m.slack + 2) * m.width) / 1000))
+local function wait_to_move(m, at, since)
+  -- What is in the window still only moves within it.
+  if m.per == 0 then return 0 end
+  read_rate(m, since)
+  m.was = math.floor(at / m.width)
+  if m.was >= m.first or m.is_lost then return 0 end
+  return wait_for_window(m, math.max(m.amount, m.need))
+end
+
+local function move_rate(m)
+  if m.is_lost or m.was >= m.slot then return end
+  if m.was >= m.first then use(m, m.was, -m.need) end
+  use(m, m.slot, m.need)
+  put_rate(m)
+  redis.call('PEXPIRE', m.key, m.life)
+end
+
+function operations.move()
+  -- The call goes out later than it was let through: it counts from now.
+  local marker = '{limits}:taken:' .. args.attempt
+  local at, known = unpack(redis.call('MGET', marker, '{limits}:epoch'))
+  if not at then return cjson.encode({ at = text(now) }) end
+  local since = epoch(known)
+  local found, worst, index = meters(), 0, nil
+  for i, m in ipairs(found) do
+    local wait = wait_to_move(m, tonumber(at), since)
+    if wait > worst then worst, index = wait, i end
   end
+  if worst > 0 then return refused(worst, 'limit', index) end
+  for _, m in ipairs(found) do
+    if m.per > 0 then move_rate(m) end
+  end
+  redis.call('SET', marker, text(now), 'PX', args.life)
+  return cjson.encode({ at = text(now) })
+end
+
+local function tighten(m)
+  -- The vendor allows less, or counts more than we do: others use the account.
+  local limit, left = m.told[1], m.told[2]
+  if limit <= m.limit then
+    redis.call('HSET', m.key, 'cap', text(limit))
+    local more = limit - left - m.sum
+    if more > 0 then
+      use(m, m.slot, more)
+      redis.call('PEXPIRE', m.key, m.life)
+    end
+  elseif m.cap then
+    redis.call('HDEL', m.key, 'cap')
+  end
+end
+
+local function settle_rate(m, at, since)
+  if m.used == m.need and m.used == m.pace and not m.told then return end
+  read_rate(m, since)
+  if not m.is_known or m.is_lost then return end
+  -- Into the slot of the call's start: the window shows what was used when.
+  local slot = math.floor(at / m.width)
+  if slot >= m.first then
+    if m.used ~= m.need then use(m, slot, m.used - m.need) end
+    charge(m, args.urgent, m.used - m.pace)
+  end
+  if m.told then tighten(m) end
+  put_rate(m)
   if m.used > 0 then
-    local mean = state.mean and state.mean + 0.1 * (m.used - state.mean) or m.used
+    local mean = average(tonumber(redis.call('HGET', m.key, 'mean')), m.used, 0.1)
     redis.call('HSET', m.key, 'mean', string.format('%.3f', mean))
   end
 end
 
-local function tighten(m)
-  -- The vendor counts more than we do, or allows less: others use the account, or it was lowered.
-  if m.told == nil then return end
-  local limit, left = m.told[1], m.told[2]
-  if limit > m.limit then return end
-  local state = read_rate(m, 0)
-  redis.call('HSET', m.key, 'cap', text(limit))
-  local more = (limit - left) - state.sum
-  if more > 0 then
-    redis.call('HINCRBY', m.key, text(state.slot), text(more))
-    redis.call('HSET', m.key, 'sum', text(state.sum + more), 'oldest', text(state.oldest),
-      'tat', text(state.tat))
-    redis.call('PEXPIRE', m.key, text((m.per + (m.slack + 2) * m.width) / 1000))
-  end
-end
-
-local function learn(key, name, value, share)
-  if value == nil or value <= 0 then return end
-  local known = tonumber(redis.call('HGET', key, name))
-  local new = known and known + share * (value - known) or value
-  redis.call('HSET', key, name, string.format('%.4f', new))
-end
-
-local function learn_p95(key, ms)
-  -- A step up for each slower call, a nineteenth of it down for each faster one.
-  local known = tonumber(redis.call('HGET', key, 'p95'))
-  local new = ms
-  if known then
-    local step = 0.05 * math.max(known, 1)
-    new = ms > known and known + 0.95 * step or known - 0.05 * step
-  end
-  redis.call('HSET', key, 'p95', string.format('%.1f', new))
-end
-
 function operations.settle()
-  local marker = '{limits}:taken:' .. args.attempt
-  if not redis.call('GET', marker) then return cjson.encode({}) end
-  redis.call('DEL', marker)
-  local at = tonumber(args.at)
+  if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return '{}' end
+  local at, since = tonumber(args.at), epoch(redis.call('GET', '{limits}:epoch'))
   for _, m in ipairs(meters()) do
-    if m.per == 0 then
-      redis.call('ZREM', m.key, args.attempt)
+    if m.per > 0 then
+      settle_rate(m, at, since)
     else
-      settle_rate(m, at)
-      tighten(m)
+      redis.call('ZREM', m.key, args.attempt)
     end
   end
-  local place, event = args.place, nil
-  if args.health == 'ok' or args.health == 'fault' then
-    event = tell_breaker(place, args.health == 'fault', args.attempt)
-  else
-    redis.call('ZREM', '{limits}:probes:' .. place, args.attempt)
-  end
-  if args.gate and args.gate > 0 then
+  local place = args.place
+  local event = tell_breaker(place, args.health, args.attempt)
+  if args.gate > 0 then
     local gate = '{limits}:gate:' .. place
     if now + args.gate > tonumber(redis.call('GET', gate) or 0) then
       redis.call('SET', gate, text(now + args.gate), 'PX', text(args.gate / 1000 + 1))
     end
   end
   if args.error then redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1) end
-  if args.ms then
-    local key = '{limits}:stats:' .. place
-    learn(key, 'ratio', args.ratio, 0.05)
-    learn(key, 'output', args.output, 0.1)
-    learn_p95(key, args.ms)
-    redis.call('PEXPIRE', key, WEEK_MS)
-  end
-  return cjson.encode({ event = event })
+  return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
 end
 
 function operations.renew()
+  -- One that ended meanwhile does not come back; after a loss of Redis all do.
+  local since = epoch(redis.call('GET', '{limits}:epoch'))
   for i, attempt in ipairs(args.attempts) do
-    redis.call('ZADD', KEYS[i], text(now + args.lease), attempt)
+    if now - since < args.quiet then
+      redis.call('ZADD', KEYS[i], text(now + args.lease), attempt)
+    else
+      redis.call('ZADD', KEYS[i], 'XX', text(now + args.lease), attempt)
+    end
     redis.call('PEXPIRE', KEYS[i], text(args.lease / 1000 * 2))
   end
-  return cjson.encode({})
+  return '{}'
 end
 
 function operations.seed()
   -- What Postgres knows of the window, where nobody was faster.
   local m = meters()[1]
-  if redis.call('EXISTS', m.key) == 1 then return cjson.encode({}) end
-  local state = read_rate(m, 0)
-  local sum, oldest = 0, state.slot
+  local since = epoch(redis.call('GET', '{limits}:epoch'))
+  read_rate(m, since)
+  if not m.is_lost then return '{}' end
+  redis.call('DEL', m.key)
+  m.sum, m.oldest = 0, m.slot
+  m.all = math.max(since + m.burst * m.interval, now)
+  m.back = m.all
   for _, found in ipairs(args.used) do
     local slot = math.floor(found[1] / m.width)
-    if slot >= state.first and slot <= state.slot then
-      redis.call('HINCRBY', m.key, text(slot), text(found[2]))
-      sum, oldest = sum + found[2], math.min(oldest, slot)
-    end
+    if slot >= m.first and slot <= m.slot then use(m, slot, found[2]) end
   end
-  redis.call('HSET', m.key, 'tat', text(now), 'sum', text(sum), 'oldest', text(oldest))
-  redis.call('PEXPIRE', m.key, text((m.per + (m.slack + 2) * m.width) / 1000))
-  return cjson.encode({})
+  put_rate(m)
+  redis.call('PEXPIRE', m.key, m.life)
+  redis.call('DEL', (m.key:gsub(':meter:', ':seeding:', 1)))
+  return '{}'
+end
+
+local function freed_within(m, horizon)
+  local last = math.floor((now + horizon) / m.width) - SLOTS - m.slack
+  if last > m.slot then return m.sum end
+  local freed = 0
+  for slot = m.oldest, last - 1 do
+    freed = freed + (tonumber(redis.call('HGET', m.key, text(slot))) or 0)
+  end
+  return freed
 end
 
 local function room_of(m, since)
@@ -412,24 +581,19 @@ local function room_of(m, since)
     return { m.amount - m.keep - used, used, 1, m.amount }
   end
   read_rate(m, since)
-  local soon = 0
-  if args.horizon > 0 then
-    local last = math.floor((now + args.horizon) / m.width) - SLOTS - m.slack
-    for slot = m.oldest, math.min(last, m.slot) - 1 do
-      soon = soon + (tonumber(redis.call('HGET', m.key, text(slot))) or 0)
-    end
-  end
-  local free = m.amount - math.min(m.keep, m.amount / 100) - m.sum + soon
+  local free = m.amount - math.min(m.keep, m.amount / 100) - m.sum + freed_within(m, args.horizon)
   if m.burst < m.amount then
-    local level = (m.tat - now) / m.interval
+    -- Nothing is kept back from who waits.
+    local level = ((m.keep == 0 and m.all or m.back) - now) / m.interval
     free = math.min(free, m.burst - m.keep - level + args.horizon / m.interval)
   end
-  return { free, m.sum, m.mean or -1, m.amount }
+  local mean = tonumber(redis.call('HGET', m.key, 'mean'))
+  return { free, m.sum, mean or -1, m.amount }
 end
 
 function operations.room()
   local rooms, places = {}, {}
-  local since = epoch()
+  local since = epoch(redis.call('GET', '{limits}:epoch'))
   for i, m in ipairs(meters()) do rooms[i] = room_of(m, since) end
   for i, place in ipairs(args.places) do
     local state, til = unpack(redis.call('HMGET', '{limits}:breaker:' .. place, 'state', 'until'))

@@ -1,95 +1,49 @@
 """The limiter: all limits of a call at once or none, before it is sent.
 
-    need → acquire → (the call) → settle
+    need → acquire → (freshen, right before the call) → settle
 
 The rules are `rules.py`, the arithmetic is `rate_limit.lua`, one step on Redis's clock for a call
-and one after it. A call reserves what it may use and is settled to what it did use. While Redis is
-away each process keeps to its own share for those who wait, and background work pauses.
+and one after it. A call reserves what it may use (`estimates.py`) and is settled to what it did
+use. While Redis is away each process keeps to its own share (`shares.py`) for those who wait, and
+background work pauses.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from django.conf import settings
-
-from llmtasks.guards import breaker, meters, rules, seeds, shares
+from llmtasks.guards import breaker, estimates, meters, rules, seeds, shares
+from llmtasks.guards.estimates import Need, Used, need_of, stats_of
+from llmtasks.guards.leases import Leases, times
 from llmtasks.guards.meters import Away
+from llmtasks.guards.rooms import rooms
 from llmtasks.guards.rules import Rule
-from llmtasks.models import Limit
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "Grant",
+    "Leases",
+    "Meter",
+    "Need",
+    "Refusal",
+    "Told",
+    "Used",
+    "acquire",
+    "freshen",
+    "grant_for",
+    "is_degraded",
+    "need_of",
+    "rooms",
+    "settle",
+    "stats_of",
+]
 
-# Before a model's calls told better: tokens a byte of JSON, and the length of an answer.
-TOKENS_PER_BYTE = 0.3
-ASSUMED_OUTPUT = 1024
-# How much more than expected is reserved where the caller set no limit of its own.
-INPUT_MARGIN = 1.1
-OUTPUT_MARGIN = 2.0
 # A grant is remembered for so long beyond its call's deadline.
 REMEMBERED_S = 60.0
 AWAY_WAIT_S = 1.0
 # Waits shorter than this gain nothing.
 LEAST_WAIT_S = 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What was learnt of a model from its calls; None before the first."""
-
-    tokens_per_byte: float | None = None
-    output_tokens: float | None = None
-    p95_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a call reserves, and what it is expected to use."""
-
-    input_tokens: int
-    output_tokens: int
-    expected_input: int
-    expected_output: int
-
-    def of(self, unit: str) -> tuple[int, int]:
-        """(reserved, expected) of a limit's unit."""
-        if unit == Limit.Unit.TOKENS:
-            return (
-                self.input_tokens + self.output_tokens,
-                self.expected_input + self.expected_output,
-            )
-        if unit == Limit.Unit.INPUT_TOKENS:
-            return self.input_tokens, self.expected_input
-        if unit == Limit.Unit.OUTPUT_TOKENS:
-            return self.output_tokens, self.expected_output
-        return 1, 1
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """What a call did use. `is_sent`: whether anything reached the vendor; where nothing did,
-    all is given back. Tokens are None where nobody knows: the reservation stands."""
-
-    is_sent: bool = True
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-
-    def of(self, unit: str, reserved: int) -> int:
-        if not self.is_sent:
-            return 0
-        known = {
-            Limit.Unit.REQUESTS: 1,
-            Limit.Unit.INPUT_TOKENS: self.input_tokens,
-            Limit.Unit.OUTPUT_TOKENS: self.output_tokens,
-            Limit.Unit.TOKENS: None
-            if self.input_tokens is None or self.output_tokens is None
-            else self.input_tokens + self.output_tokens,
-        }.get(Limit.Unit(unit))
-        return reserved if known is None else known
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +69,30 @@ class Meter:
 
 @dataclass(slots=True)
 class Grant:
-    """What one call asks for, and once it is granted what it holds."""
+    """What one call asks for, and once it is granted what it holds. `patience_s` is how long its
+    caller would wait. A call that goes out after `fresh_until` (monotonic) must be freshened."""
 
     attempt_id: UUID
     provider: str
     model: str
+    need: Need
     meters: list[Meter]
     is_urgent: bool
     is_again: bool
     left_s: float
+    patience_s: float
     at: str = ""
+    fresh_until: float = float("inf")
     is_local: bool = False
     is_probe: bool = False
 
     @property
     def place(self) -> str:
         return f"{self.provider}/{self.model}"
+
+    @property
+    def life_ms(self) -> int:
+        return int((max(self.left_s, 0.0) + REMEMBERED_S) * 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,28 +103,6 @@ class Refusal:
     wait_s: float
     why: str
     rule: Rule | None = None
-
-
-_stats: dict[str, Stats] = {}
-
-
-def stats_of(provider: str, model: str) -> Stats:
-    """What was learnt of the model, as the last grant in this process told."""
-    return _stats.get(f"{provider}/{model}", Stats())
-
-
-def need_of(provider: str, model: str, input_bytes: int, max_output: int | None) -> Need:
-    """What a call of so many bytes reserves; `max_output` is the caller's own limit."""
-    known = stats_of(provider, model)
-    expected_input = int(input_bytes * (known.tokens_per_byte or TOKENS_PER_BYTE)) + 1
-    usual = known.output_tokens or ASSUMED_OUTPUT
-    expected_output = int(usual if max_output is None else min(usual, max_output))
-    return Need(
-        input_tokens=int(expected_input * INPUT_MARGIN),
-        output_tokens=int(usual * OUTPUT_MARGIN) if max_output is None else max_output,
-        expected_input=expected_input,
-        expected_output=expected_output,
-    )
 
 
 def grant_for(
@@ -176,14 +116,16 @@ def grant_for(
     is_urgent: bool,
     is_again: bool,
     left_s: float,
+    patience_s: float | None = None,
 ) -> Grant:
     """What a call has to ask for. `is_urgent`: somebody waits for it. `is_again`: it repeats one
-    that failed."""
+    that failed. `patience_s` is `left_s` where it is not given."""
     held = [
-        Meter(rule, rule.meter(tenant_id, key_id), *need.of(rule.unit))
-        for rule in rules.matching(provider, model, tenant_id, key_id)
+        Meter(rule, key, *need.of(rule.unit))
+        for rule, key in rules.holding(provider, model, tenant_id, key_id)
     ]
-    return Grant(attempt_id, provider, model, held, is_urgent, is_again, left_s)
+    patience_s = left_s if patience_s is None else patience_s
+    return Grant(attempt_id, provider, model, need, held, is_urgent, is_again, left_s, patience_s)
 
 
 def acquire(grant: Grant) -> Refusal | None:
@@ -195,11 +137,15 @@ def acquire(grant: Grant) -> Refusal | None:
         "provider": grant.provider,
         "urgent": grant.is_urgent,
         "again": grant.is_again,
-        "life": int((max(grant.left_s, 0.0) + REMEMBERED_S) * 1e6),
-        "lease": lease_us(),
+        "life": grant.life_ms,
+        "patience": int(max(grant.patience_s, 0.0) * 1e6),
         "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
+        # After that every settlement tells them.
+        "stats": grant.place not in estimates._stats,
+        **times(),
     }
     keys = [meter.key for meter in grant.meters]
+    began = time.monotonic()
     try:
         answer = meters.run("take", keys, arguments)
         while "seed" in answer:
@@ -209,16 +155,12 @@ def acquire(grant: Grant) -> Refusal | None:
         return acquire_locally(grant)
     if "wait" in answer:
         return refusal(grant, answer)
-    put_granted(grant, answer)
+    put_granted(grant, answer, began)
     return None
 
 
-def lease_us() -> int:
-    return int(settings.LLMTASKS["LEASE_S"] * 1e6)
-
-
 def seed(grant: Grant, arguments: dict[str, Any], index: int) -> None:
-    """Tell Redis what Postgres knows of a day's use. Raises `Away`, `OperationalError`."""
+    """Tell Redis what Postgres knows of a meter's use. Raises `Away`, `OperationalError`."""
     meter = grant.meters[index]
     used = seeds.used(meter.rule, meter.key)
     meters.run("seed", [meter.key], {"meters": [arguments["meters"][index]], "used": used})
@@ -230,17 +172,25 @@ def refusal(grant: Grant, answer: dict[str, Any]) -> Refusal:
     return Refusal(max(answer["wait"] / 1e6, LEAST_WAIT_S), answer["why"], rule)
 
 
-def put_granted(grant: Grant, answer: dict[str, Any]) -> None:
+def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
     grant.at = answer["at"]
-    grant.is_probe = bool(answer["probe"])
+    grant.is_probe = answer.get("probe", False)
     for meter, (need, pace, left, reset_us) in zip(
-        grant.meters, answer["meters"] or (), strict=False
+        grant.meters, answer.get("meters", ()), strict=False
     ):
         meter.need, meter.pace, meter.left, meter.reset_s = need, pace, left, reset_us / 1e6
-    _stats[grant.place] = Stats(*(float(value) if value else None for value in answer["stats"]))
-    leases.hold(grant)
+    put_fresh(grant, began)
+    if stats := answer.get("stats"):
+        estimates.put_stats(grant.place, stats)
+    leases.hold(grant.attempt_id, (m.key for m in grant.meters if not m.rule.per_us))
     if event := answer.get("event"):
         breaker.record(grant.provider, grant.model, event)
+
+
+def put_fresh(grant: Grant, began: float) -> None:
+    """Half of what a limit allows for may pass until the call goes out, half of it on the way."""
+    slack_us = min((m.rule.slack_us for m in grant.meters if m.rule.per_us), default=0)
+    grant.fresh_until = began + slack_us / 2e6 if slack_us else float("inf")
 
 
 def acquire_locally(grant: Grant) -> Refusal | None:
@@ -251,6 +201,28 @@ def acquire_locally(grant: Grant) -> Refusal | None:
     if wait_s > 0:
         return Refusal(wait_s, "limit")
     grant.is_local = True
+    return None
+
+
+def freshen(grant: Grant) -> Refusal | None:
+    """Right before the call: one that was held up since it was let through counts from now. Only
+    where so much time has passed that its window is another one can it be refused."""
+    began = time.monotonic()
+    if began < grant.fresh_until or not grant.at:
+        return None
+    arguments = {
+        "attempt": str(grant.attempt_id),
+        "life": grant.life_ms,
+        "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
+    }
+    try:
+        answer = meters.run("move", [meter.key for meter in grant.meters], arguments)
+    except Away:
+        return None
+    if "wait" in answer:
+        return refusal(grant, answer)
+    grant.at = answer["at"]
+    put_fresh(grant, began)
     return None
 
 
@@ -281,8 +253,8 @@ def settle(
         "attempt": str(grant.attempt_id),
         "place": grant.place,
         "at": grant.at,
-        "lease": lease_us(),
-        "meters": [settled(meter, used, told) for meter in grant.meters],
+        "urgent": grant.is_urgent,
+        "meters": [settled(grant, meter, used, told) for meter in grant.meters],
         "health": health,
         "gate": int(gate_s * 1e6),
         "error": error or None,
@@ -295,118 +267,38 @@ def settle(
     except Away:
         # The reservation falls out of its window, the lease runs out.
         return
+    if stats := answer.get("stats"):
+        estimates.put_stats(grant.place, stats)
     if event := answer.get("event"):
         breaker.record(grant.provider, grant.model, event, error)
 
 
-def settled(meter: Meter, used: Used, told: Sequence[Told]) -> dict[str, Any]:
+def settled(grant: Grant, meter: Meter, used: Used, told: Sequence[Told]) -> dict[str, Any]:
     rule = meter.rule
-    wire = rule.wire(meter.need, meter.pace) | {"used": used.of(rule.unit, meter.need)}
-    if rule.provider and rule.tenant_id is None and rule.window == Limit.Window.MINUTE:
+    wire = rule.wire(meter.need, meter.pace)
+    wire["used"] = used.of(rule.unit, meter.need, grant.need)
+    if rule.is_told:
         for said in told:
             if said.unit == rule.unit:
-                wire |= {"told": [said.limit, said.left], "limit": rule.amount}
+                wire["told"] = [said.limit, said.left]
     return wire
-
-
-@dataclass
-class Leases:
-    """The calls at once that this process holds, renewed while they run: those of a process that
-    died run out."""
-
-    held: dict[UUID, list[str]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    thread: threading.Thread | None = None
-
-    def hold(self, grant: Grant) -> None:
-        keys = [meter.key for meter in grant.meters if not meter.rule.per_us]
-        if not keys:
-            return
-        self.held[grant.attempt_id] = keys
-        # After a fork the thread is the parent's.
-        if self.thread is None or not self.thread.is_alive():
-            with self.lock:
-                if self.thread is None or not self.thread.is_alive():
-                    self.thread = threading.Thread(target=self.run, name="leases", daemon=True)
-                    self.thread.start()
-
-    def drop(self, attempt_id: UUID) -> None:
-        self.held.pop(attempt_id, None)
-
-    def run(self) -> None:
-        while True:
-            time.sleep(settings.LLMTASKS["RENEW_S"])
-            try:
-                self.renew()
-            except Away:
-                continue
-            except Exception:
-                log.exception("the leases of calls under way can't be renewed")
-
-    def renew(self) -> None:
-        """Raises `Away`."""
-        pairs = [(key, str(attempt)) for attempt, keys in list(self.held.items()) for key in keys]
-        if pairs:
-            keys = [key for key, _ in pairs]
-            attempts = [attempt for _, attempt in pairs]
-            meters.run("renew", keys, {"attempts": attempts, "lease": lease_us()})
 
 
 leases = Leases()
 
 
-# --- What the dispatcher and people ask -----------------------------------------------------------
+def is_degraded() -> bool:
+    """Whether this process keeps to its local share since Redis is away."""
+    return meters.outage.is_away
 
 
-def rooms(
-    models: Sequence[tuple[str, str]], tenants: Sequence[UUID], horizon_s: float
-) -> tuple[dict[tuple[str, str], float], dict[UUID, float]]:
-    """How many more background calls may begin within `horizon_s`, for (provider, model) and for
-    tenants. What is missing has no limit. Raises `Away`."""
-    known = rules.rules()
-    asked: list[tuple[Any, str, Rule]] = []
-    for provider, model in models:
-        for rule in known.of_provider.get(provider, ()):
-            if rule.model in ("", model) and not (rule.tenant_id or rule.key_id or rule.each):
-                asked.append(((provider, model), rule.meter(NOBODY, None), rule))
-    for tenant in tenants:
-        for rule in known.others:
-            is_whole = not rule.key_id and rule.each != Limit.Each.KEY
-            if rule.tenant_id in (None, tenant) and is_whole:
-                asked.append((tenant, rule.meter(tenant, None), rule))
-    places = [f"{provider}/{model}" for provider, model in models]
-    answer = meters.run(
-        "room",
-        [key for _, key, _ in asked],
-        {
-            "meters": [rule.wire(0, 0) for _, _, rule in asked],
-            "places": places,
-            "horizon": int(horizon_s * 1e6),
-            "lease": lease_us(),
-        },
-    )
-    found: dict[Any, float] = {}
-    for (who, _, rule), (free, _, mean, _) in zip(asked, answer["rooms"] or (), strict=True):
-        a_call = mean if mean > 0 else usual(rule)
-        found[who] = min(found.get(who, float("inf")), max(0.0, free / max(a_call, 1.0)))
-    for who, (state, open_us, gate_us, *_) in zip(models, answer["places"] or (), strict=True):
-        is_open = state == "open" and open_us > horizon_s * 1e6
-        if is_open or gate_us > horizon_s * 1e6:
-            found[who] = 0.0
-    return {w: n for w, n in found.items() if isinstance(w, tuple)}, {
-        w: n for w, n in found.items() if isinstance(w, UUID)
-    }
-
-
-NOBODY = UUID(int=0)
+def lease_us() -> int:
+    return int(times()["lease"])
 
 
 def usual(rule: Rule) -> float:
     """What a call uses of a limit before anybody knows."""
-    is_plain = rule.unit in (Limit.Unit.REQUESTS, Limit.Unit.CONCURRENCY)
-    return 1.0 if is_plain else ASSUMED_OUTPUT
+    return estimates.usual(rule.unit)
 
 
-def is_degraded() -> bool:
-    """Whether this process keeps to its local share since Redis is away."""
-    return meters.outage.is_away
+_stats = estimates._stats

@@ -7,14 +7,15 @@ all of them, or one for each tenant or key.
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from django.conf import settings
+from django.db.models import Count
 
 from llmtasks import pulse
-from llmtasks.models import WINDOWS, Limit
+from llmtasks.models import WINDOWS, Limit, Provider
 
 # The slots of a rate's window are 120ths of it; calls may reach a vendor by so much later than
 # they were let through, which is a slot at least.
@@ -24,6 +25,11 @@ DELAY_S = 0.1
 BURST = {Limit.Unit.REQUESTS: 0.02, Limit.Unit.CONCURRENCY: 0.2}
 TOKEN_BURST = 0.05
 LEAST_BURST = 10
+# Callers whose rules are remembered. Beyond that all are forgotten, and looked up again.
+MAX_CALLERS = 10_000
+
+# (provider, the vendor's model, tenant, key)
+Caller = tuple[str, str, UUID, UUID | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,10 @@ class Rule:
     window: str
     amount: int
     burst: int
+    # Whether a vendor's headers speak of the very calls that it counts.
+    is_told: bool = False
+    # What the script is told of it for every call.
+    told_always: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_own(self) -> bool:
@@ -51,6 +61,12 @@ class Rule:
     @property
     def per_us(self) -> int:
         return WINDOWS[self.window] * 1_000_000 if self.window else 0
+
+    @property
+    def slack_us(self) -> int:
+        """How much later than it was let through a call may reach the vendor."""
+        width = -(-self.per_us // SLOTS)
+        return math.ceil(DELAY_S * 1e6 / width) * width if width else 0
 
     def matches(self, provider: str, model: str, tenant_id: UUID, key_id: UUID | None) -> bool:
         return (
@@ -68,17 +84,17 @@ class Rule:
 
     def wire(self, need: int, pace: int) -> dict[str, Any]:
         """What the script is told of it: the call reserves `need` and is expected to use `pace`."""
-        width_s = self.per_us / 1e6 / SLOTS
-        return {
-            "need": need,
-            "pace": pace,
-            "amount": self.amount,
-            "burst": self.burst,
-            "keep": self.keep,
-            "per": self.per_us,
-            "slack": math.ceil(DELAY_S / width_s) if width_s else 0,
-            "seeds": self.window in (Limit.Window.HOUR, Limit.Window.DAY),
-        }
+        if not self.told_always:
+            width = -(-self.per_us // SLOTS)
+            self.told_always.update(
+                amount=self.amount,
+                burst=self.burst,
+                keep=self.keep,
+                per=self.per_us,
+                slack=self.slack_us // width if width else 0,
+                seeds=self.window not in ("", Limit.Window.SECOND),
+            )
+        return {"need": need, "pace": pace, **self.told_always}
 
     @property
     def keep(self) -> float:
@@ -89,9 +105,21 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
+    """`others` name no provider: those of one tenant or key are found by it alone."""
+
     version: int
     of_provider: dict[str, tuple[Rule, ...]]
     others: tuple[Rule, ...]
+    of_caller: dict[UUID | None, tuple[Rule, ...]]
+    # What was looked up before: the rules of a caller, each with the key of its meter.
+    held: dict[Caller, tuple[tuple[Rule, str], ...]] = field(default_factory=dict)
+
+    def candidates(self, provider: str, tenant_id: UUID, key_id: UUID | None) -> Iterator[Rule]:
+        yield from self.of_provider.get(provider, ())
+        yield from self.of_caller.get(None, ())
+        yield from self.of_caller.get(tenant_id, ())
+        if key_id is not None:
+            yield from self.of_caller.get(key_id, ())
 
 
 _rules: Rules | None = None
@@ -112,17 +140,25 @@ def rules() -> Rules:
 
 def read(version: int) -> Rules:
     of_provider: dict[str, list[Rule]] = {}
-    others = []
+    of_caller: dict[UUID | None, list[Rule]] = {}
+    counts = dict(Provider.objects.annotate(n=Count("models")).values_list("pk", "n"))
     for row in Limit.objects.select_related("provider", "tenant", "key").order_by("id"):
-        rule = rule_of(row)
+        rule = rule_of(row, counts.get(row.provider_id or 0, 0))
         if rule.provider:
             of_provider.setdefault(rule.provider, []).append(rule)
         else:
-            others.append(rule)
-    return Rules(version, {name: tuple(of) for name, of in of_provider.items()}, tuple(others))
+            of_caller.setdefault(rule.key_id or rule.tenant_id, []).append(rule)
+    return Rules(
+        version,
+        of_provider={name: tuple(found) for name, found in of_provider.items()},
+        others=tuple(rule for found in of_caller.values() for rule in found),
+        of_caller={who: tuple(found) for who, found in of_caller.items()},
+    )
 
 
-def rule_of(row: Limit) -> Rule:
+def rule_of(row: Limit, models: int = 0) -> Rule:
+    """`models`: how many the provider has."""
+    is_whole = not (row.tenant_id or row.key_id or row.each)
     return Rule(
         id=row.pk,
         name=str(row),
@@ -135,18 +171,39 @@ def rule_of(row: Limit) -> Rule:
         window=row.window,
         amount=row.amount,
         burst=min(row.amount, row.burst or usual_burst(row)),
+        is_told=bool(row.provider)
+        and is_whole
+        and row.window == Limit.Window.MINUTE
+        and bool(row.model or models <= 1),
     )
 
 
 def usual_burst(row: Limit) -> int:
     if row.window in (Limit.Window.HOUR, Limit.Window.DAY):
         return row.amount
-    return max(math.ceil(row.amount * BURST.get(Limit.Unit(row.unit), TOKEN_BURST)), LEAST_BURST)
+    share = math.ceil(row.amount * BURST.get(Limit.Unit(row.unit), TOKEN_BURST))
+    return max(share, LEAST_BURST) if row.window else share
+
+
+def holding(
+    provider: str, model: str, tenant_id: UUID, key_id: UUID | None
+) -> tuple[tuple[Rule, str], ...]:
+    """The rules that hold for a call, each with the key of its meter."""
+    known = rules()
+    caller = (provider, model, tenant_id, key_id)
+    if (held := known.held.get(caller)) is not None:
+        return held
+    if len(known.held) >= MAX_CALLERS:
+        known.held.clear()
+    held = tuple(
+        (rule, rule.meter(tenant_id, key_id))
+        for rule in known.candidates(provider, tenant_id, key_id)
+        if rule.matches(provider, model, tenant_id, key_id)
+    )
+    known.held[caller] = held
+    return held
 
 
 def matching(provider: str, model: str, tenant_id: UUID, key_id: UUID | None) -> Iterator[Rule]:
     """The rules that hold for a call."""
-    known = rules()
-    for rule in (*known.of_provider.get(provider, ()), *known.others):
-        if rule.matches(provider, model, tenant_id, key_id):
-            yield rule
+    return (rule for rule, _ in holding(provider, model, tenant_id, key_id))
