@@ -43,6 +43,8 @@ def redis(forget: None) -> Any:
     """The test process's own Redis database, empty."""
     client = stores.redis_client()
     client.flushdb()
+    # Else the limiter would take the server for one that was just started.
+    client.script_load(meters.SCRIPT)
     return client
 
 
