@@ -60,6 +60,18 @@ def admit(
             raise drop_error(context)
 
 
+def admit_at_once(
+    candidates: Sequence[Candidate], request: AnyRequest, context: Context
+) -> tuple[Candidate, Grant] | None:
+    """The same for a second call beside one under way: the first candidate that has room now, or
+    none. It counts as a call again."""
+    for candidate in candidates:
+        grant = ask(candidate, request, context, is_again=True)
+        if rate_limit.acquire(grant) is None:
+            return candidate, grant
+    return None
+
+
 def ask(candidate: Candidate, request: AnyRequest, context: Context, *, is_again: bool) -> Grant:
     """What the call asks the limiter for."""
     task = context.task

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from django.db import DataError, OperationalError
 
-from llmtasks import bodies, crash, ledger, pricing, pulse, routing, stores
+from llmtasks import bodies, crash, ledger, pricing, pulse, retry, routing, stores
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event
 from llmtasks.errors import Cancelled, ClientLeft, InternalError, Lost
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 SETTLE_AGAIN_S = 0.5
 SETTLE_FOR_S = 3600.0
 MAX_MESSAGE = 1000
+UNSTORABLE = "the provider's answer can't be stored: see the server's log"
 # How long a vendor's gate is closed by a 429 that does not say.
 GATE_S = 1.0
 
@@ -75,12 +76,12 @@ class Sending:
         return self.candidate.model
 
 
-def begin(
-    candidate: Candidate, grant: Grant, request: AnyRequest, context: Context, number: int
-) -> Sending:
-    """Write the attempt down, before anything is sent."""
+def begin(candidate: Candidate, grant: Grant, request: AnyRequest, context: Context) -> Sending:
+    """Write the step's next attempt down, before anything is sent."""
     task = context.task
     context.grant = grant
+    context.number += 1
+    context.answering = context.number
     limit = request.max_output_tokens if isinstance(request, Request) else 0
     try:
         estimate = pricing.estimate(candidate.price_family, candidate.model, len(task.body), limit)
@@ -88,7 +89,7 @@ def begin(
             task,
             attempt_id=grant.attempt_id,
             step=context.step,
-            number=number,
+            number=context.number,
             provider=candidate.provider,
             model=candidate.model,
             estimate=estimate.amount,
@@ -103,7 +104,7 @@ def begin(
     exchange = Exchange(
         deadline=context.deadline,
         # OpenAI documents this header; other vendors ignore it.
-        headers={"X-Client-Request-Id": f"{task.id}.{number}"},
+        headers={"X-Client-Request-Id": f"{task.id}.{context.number}"},
     )
     context.exchange = exchange
     if context.dropped:
@@ -147,20 +148,27 @@ def answer_outcome(attempt: Sending, answer: AnyResponse) -> Outcome:
     if answer.usage is not None:
         cost = pricing.cost_of(answer.usage, candidate.price_family, candidate.model)
     else:
-        text = answer.text if isinstance(answer, Response) else ""
-        cost = estimate(attempt, len(text.encode()))
+        cost = estimate(attempt, length(answer))
     return outcome(attempt, cost, usage=answer.usage or Usage(), raw_usage=answer.raw_usage)
 
 
-def error_outcome(attempt: Sending, error: BaseException, name: str) -> Outcome:
+def length(answer: AnyResponse | None) -> int:
+    """The bytes of an answer's text."""
+    return len(answer.text.encode()) if isinstance(answer, Response) else 0
+
+
+def error_outcome(
+    attempt: Sending, error: BaseException, name: str, unseen_bytes: int = 0
+) -> Outcome:
     """A call that failed. One that never went out, or that the vendor refused, costs nothing; any
-    other may be on its bill: what went over the wire is the estimate."""
+    other may be on its bill: what went over the wire is the estimate, and `unseen_bytes` that the
+    vendor may have written."""
     exchange = attempt.exchange
     attempt.error = error
     if not exchange.is_sent or (exchange.status or 0) >= 400:
         cost = pricing.Cost(amount=Decimal(0), state=CostState.FINAL, price_id=None)
     else:
-        cost = estimate(attempt, attempt.streamed)
+        cost = estimate(attempt, attempt.streamed + unseen_bytes)
     message = getattr(error, "message", "") or str(error)
     return outcome(attempt, cost, error_class=name, error_message=message[:MAX_MESSAGE])
 
@@ -245,6 +253,39 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
             settle_until_done(attempt, settled, end)
 
 
+def settle_apart(attempt: Sending, settled: Outcome) -> None:
+    """Settle an attempt that decides nothing of its task's end. Never raises; while Postgres is
+    away it goes on by itself."""
+    settle_limits(attempt, settled)
+    if not is_settled_apart(attempt, settled):
+        threading.Thread(
+            target=settle_apart_until_done, args=(attempt, settled), name="settle", daemon=True
+        ).start()
+
+
+def is_settled_apart(attempt: Sending, settled: Outcome) -> bool:
+    """Whether it could be tried: False while Postgres is away."""
+    task_id = attempt.context.task.id
+    try:
+        try:
+            ledger.settle_apart(task_id, attempt.id, settled)
+        except DataError:
+            log.exception("an answer can't be stored", extra={"task": task_id})
+            ledger.settle_apart(task_id, attempt.id, bare(settled, UNSTORABLE))
+    except OperationalError:
+        return False
+    return True
+
+
+def settle_apart_until_done(attempt: Sending, settled: Outcome) -> None:
+    until = time.monotonic() + SETTLE_FOR_S
+    is_done = False
+    while not is_done and time.monotonic() < until:
+        time.sleep(SETTLE_AGAIN_S)
+        is_done = is_settled_apart(attempt, settled)
+        stores.release()
+
+
 def settle_limits(attempt: Sending, settled: Outcome) -> None:
     """Tell the limiter what the call used and how the vendor did, and people what they must
     see to."""
@@ -265,10 +306,18 @@ def settle_limits(attempt: Sending, settled: Outcome) -> None:
         error="" if error is None else type(error).__name__,
         gate_s=gate_s(error),
         told=[rate_limit.Told(*one) for one in told],
-        ms=settled.latency_ms if is_answered else None,
+        ms=settled.latency_ms if is_answered or was_slow(attempt, settled) else None,
         input_bytes=attempt.input_bytes,
     )
     accounts.note(candidate, error, told)
+
+
+def was_slow(attempt: Sending, settled: Outcome) -> bool:
+    """Whether another call outran this one when it had taken longer than most already. If those
+    were not learnt from, ever more calls would seem slow."""
+    known = rate_limit.stats_of(attempt.provider, attempt.model).p95_ms
+    is_outrun = isinstance(attempt.error, errors.Dropped) and attempt.error.reason == retry.OUTRUN
+    return is_outrun and known is not None and (settled.latency_ms or 0) > known
 
 
 def health(error: BaseException | None) -> str:
@@ -296,18 +345,22 @@ def finish(attempt: Sending, settled: Outcome, end: End) -> None:
         ledger.finish(context.task, attempt.id, settled, end)
     except DataError:
         log.exception("an answer can't be stored", extra={"task": context.task.id})
-        error = InternalError("the provider's answer can't be stored: see the server's log")
-        bare = Outcome(
-            usage=Usage(),
-            cost=settled.cost,
-            cost_state=settled.cost_state,
-            price_id=settled.price_id,
-            http_status=settled.http_status,
-            error_class=type(error).__name__,
-            error_message=error.message,
-        )
-        ledger.finish(context.task, attempt.id, bare, failure(context, error))
+        error = InternalError(UNSTORABLE)
+        ledger.finish(context.task, attempt.id, bare(settled, UNSTORABLE), failure(context, error))
         raise error from None
+
+
+def bare(settled: Outcome, message: str) -> Outcome:
+    """What surely can be stored of it: the money."""
+    return Outcome(
+        usage=Usage(),
+        cost=settled.cost,
+        cost_state=settled.cost_state,
+        price_id=settled.price_id,
+        http_status=settled.http_status,
+        error_class=InternalError.__name__,
+        error_message=message,
+    )
 
 
 def settle_aside(attempt: Sending, settled: Outcome, end: End) -> None:

@@ -1,7 +1,7 @@
 """One LLM call, from a route's candidates to an answer that is paid for.
 
     candidates → for each try:
-        admit (breaker, gate, limits) → begin attempt → send → settle
+        admit (breaker, gate, limits) → begin attempt → send (hedged) → settle
     → result
 
 The exact cache and the money's hold have their places too (marked below), each a step of its own.
@@ -10,9 +10,10 @@ The exact cache and the money's hold have their places too (marked below), each 
 import logging
 from collections.abc import Generator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
-from llmtasks import admission, attempts, ledger, pulse, retry, routing
+from llmtasks import admission, attempts, hedge, ledger, pulse, retry, routing
 from llmtasks.attempts import Sending
 from llmtasks.bodies import AnyRequest, AnyResponse
 from llmtasks.context import Context, Event, Reset, drop_error
@@ -27,7 +28,7 @@ from llmtasks.errors import (
 from llmtasks.ledger import End
 from llmtasks.models import Attempt, Mode, OnUnknown, Status, Task
 from llmtasks.retry import Try
-from llmtasks.routing import Candidate
+from llmtasks.routing import Route
 from providers import errors
 
 log = logging.getLogger(__name__)
@@ -54,29 +55,28 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
     options_of = partial(retry.options, is_patient=task.mode == Mode.QUEUED)
     with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         # look_up_cache: its place, before any money.
-        candidates = usable_candidates(request, context)
+        route = usable_route(request, context)
         tries = past_tries(context)
         if context.left_s <= 0:
             raise DeadlineExceeded("the deadline passed before a provider was called")
-        options = options_of(candidates, tries)
-        number = len(tries)
+        options = options_of(route.candidates, tries)
         failed: errors.ProviderError | None = None
         while options:
-            number += 1
             # hold money: its place, for each candidate.
             candidate, grant = admission.admit(options, request, context, failed)
-            if number > 1 and context.may_restart:
-                yield Reset(number)
-            attempt = attempts.begin(candidate, grant, request, context, number)
+            if tries and context.may_restart:
+                yield Reset(context.number + 1)
+            attempt = attempts.begin(candidate, grant, request, context)
             try:
-                answer = yield from attempts.send(attempt, request)
+                attempt, events = hedge.send(route, attempt, request, options, tries)
+                answer = yield from events
                 # Here, since a fault of ours must not leave the attempt open.
                 outcome = attempts.answer_outcome(attempt, answer)
                 end = attempts.success(context, answer)
             except errors.ProviderError as error:
                 failed = error
                 tries.append(Try(attempt.provider, attempt.model, type(error), error.retry_after))
-                options = options_of(candidates, tries)
+                options = options_of(route.candidates, tries)
                 after_error(attempt, error, options[0] if options else None)
             except BaseException as error:
                 raise after_end(attempt, error) from error
@@ -88,14 +88,14 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
         raise tries[-1].error("no provider answered: the attempts say why")
 
 
-def usable_candidates(request: AnyRequest, context: Context) -> tuple[Candidate, ...]:
-    """The route's candidates that can do it and are open. Raises `NoProvider`, or `Snooze`
-    for queued work, which waits."""
+def usable_route(request: AnyRequest, context: Context) -> Route:
+    """The route, with those candidates that can do it and are open. Raises `NoProvider`, or
+    `Snooze` for queued work, which waits."""
     route = routing.find(context.task.route, context.task.kind)
     able = routing.supporting(route, request)
     open_ = tuple(c for c in able if c.is_usable)
     if open_:
-        return open_
+        return replace(route, candidates=open_)
     if context.task.mode == Mode.QUEUED:
         ledger.end_running(context.task, End(status=Status.WAITING, wait_s=1.0))
         raise Snooze(1.0)
@@ -106,11 +106,11 @@ def past_tries(context: Context) -> list[Try]:
     """What earlier runs of this step tried, from the ledger."""
     if context.task.attempts == 0:
         return []
-    rows = Attempt.objects.filter(task_id=context.task.id, step=context.step).order_by("number")
-    return [
-        retry.past(row.provider, row.model, row.error_class)
-        for row in rows.only("provider", "model", "error_class")
-    ]
+    found = Attempt.objects.filter(task_id=context.task.id, step=context.step).order_by("number")
+    rows = list(found.only("provider", "model", "error_class", "number"))
+    if rows:
+        context.number = rows[-1].number
+    return [retry.past(row.provider, row.model, row.error_class) for row in rows]
 
 
 def after_error(attempt: Sending, error: errors.ProviderError, chosen: retry.Next | None) -> None:

@@ -1,8 +1,9 @@
 """What surrounds a call: its task, its deadline, its caller, and who dropped it."""
 
+import copy
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from socket import socket
 
 from llmtasks import pulse, stores
@@ -40,6 +41,11 @@ class Context:
     client: socket | None = None
     warning: str = ""
     exchange: Exchange | None = None
+    # The number of the step's last attempt, and of the one that answers.
+    number: int = 0
+    answering: int = 0
+    # What surrounds a second call for the same answer, dropped together with this one.
+    second: "Context | None" = None
     # The caller's own limits as the last grant found them, and what refused the call for good.
     grant: Grant | None = None
     refusal: Refusal | None = None
@@ -57,6 +63,17 @@ class Context:
         self.wakes.set()
         if (exchange := self.exchange) is not None:
             exchange.drop(reason)
+        if (second := self.second) is not None:
+            second.drop(reason)
+
+    def beside(self) -> "Context":
+        """What surrounds a second call for the same answer, in another thread."""
+        self.second = replace(
+            self, task=copy.copy(self.task), exchange=None, second=None, wakes=threading.Event()
+        )
+        if self.dropped:
+            self.second.drop(self.dropped)
+        return self.second
 
     def pause(self, seconds: float) -> None:
         """Wait without holding a connection; a drop ends it early."""

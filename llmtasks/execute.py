@@ -179,7 +179,7 @@ def perform(task: Task, stored: Any) -> None:
     try:
         request = bodies.load_request(task.kind, stored)
         context = Context(task, streams=task.streams, may_restart=True)
-        publish_deltas(task, call.stream(request, context))
+        publish_deltas(context, call.stream(request, context))
     except Snooze:
         pass
     except Lost:
@@ -195,12 +195,12 @@ def perform(task: Task, stored: Any) -> None:
     tell(task)
 
 
-def publish_deltas(task: Task, answer: Iterator[Event]) -> None:
+def publish_deltas(context: Context, answer: Iterator[Event]) -> None:
     for event in answer:
         if isinstance(event, Reset):
-            events.publish_reset(task.id, event.attempt)
+            events.publish_reset(context.task.id, event.attempt)
         else:
-            events.publish_piece(task.id, task.attempts, event)
+            events.publish_piece(context.task.id, context.answering, event)
 
 
 def conclude(task: Task, error: Exception) -> None:

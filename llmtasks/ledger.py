@@ -208,6 +208,11 @@ SETTLED = """
 SETTLE = f"""
 UPDATE llmtasks_attempt SET {SETTLED} WHERE id = %(attempt)s AND state <> 'settled' RETURNING id
 """
+# What a settlement changes of a task beside its end.
+COUNTED = (
+    "cost", "cost_state", "attempts", "input_tokens", "cached_input_tokens", "cache_write_tokens",
+    "output_tokens", "reasoning_tokens", "provider", "finished_at",
+)  # fmt: skip
 # The task's row is locked before the attempt's, as everywhere. A cancel that came too late to
 # drop the call ends a task that would wait for its next.
 FINISH = f"""
@@ -219,7 +224,7 @@ WITH mine AS (
 ), a AS (
     UPDATE llmtasks_attempt SET {SETTLED}
     WHERE id = %(attempt)s AND state = 'sent' AND task_id IN (SELECT id FROM mine)
-    RETURNING task_id
+    RETURNING task_id, provider
 ), p AS (
     UPDATE llmtasks_taskpayload SET response = %(response)s::text::jsonb
     WHERE %(response)s::text IS NOT NULL AND task_id IN (SELECT task_id FROM a)
@@ -237,6 +242,7 @@ UPDATE llmtasks_task t SET
         WHEN 'estimated' IN (t.cost_state, %(cost_state)s::text) THEN 'estimated'
         ELSE 'final' END,
     status = mine.status,
+    provider = a.provider,
     owner_id = CASE WHEN mine.status = 'running' THEN owner_id END,
     finished_at = CASE WHEN mine.status = ANY(%(final)s) THEN clock_timestamp() END,
     not_before = clock_timestamp() + make_interval(secs => %(wait_s)s),
@@ -247,7 +253,7 @@ UPDATE llmtasks_task t SET
     error_status = %(end_status)s::int, error_param = %(end_param)s,
     retry_after = %(retry_after)s::float
 FROM a, mine WHERE t.id = a.task_id AND mine.id = t.id
-RETURNING t.cost, t.cost_state, t.finished_at, t.status
+RETURNING t.status, {", ".join(f"t.{name}" for name in COUNTED)}
 """
 
 
@@ -265,13 +271,9 @@ def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
             IdempotencyKey.objects.filter(task_id=task.id).delete()
     if not rows:
         rows = settle_late(task, attempt_id, outcome, end)
-    [(task.cost, task.cost_state, task.finished_at, status)] = rows
-    usage = outcome.usage
-    task.input_tokens += usage.input_tokens
-    task.cached_input_tokens += usage.cached_input_tokens
-    task.cache_write_tokens += usage.cache_write_tokens
-    task.output_tokens += usage.output_tokens
-    task.reasoning_tokens += usage.reasoning_tokens
+    [(status, *counted)] = rows
+    for name, value in zip(COUNTED, counted, strict=True):
+        setattr(task, name, value)
     put_end(task, end if status == end.status else CANCELLED)
 
 
@@ -335,15 +337,24 @@ def settle_late(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> lis
     Raises `Lost`, unless it was our own `FINISH` that changed both: the connection broke before
     its answer came.
     """
-    with transaction.atomic():
-        # The task first, as everywhere: two settlements of one task must not cross.
-        row = Task.objects.select_for_update().filter(id=task.id).first()
-        if fetch(SETTLE, outcome_values(attempt_id, outcome)):
-            recount([task.id])
-            row = None
+    row = None
+    if not settle_apart(task.id, attempt_id, outcome):
+        row = Task.objects.filter(id=task.id).first()
     if row is None or (row.fence, row.status) != (task.fence, end.status):
         raise Lost
-    return [(row.cost, row.cost_state, row.finished_at, row.status)]
+    return [(row.status, *(getattr(row, name) for name in COUNTED))]
+
+
+def settle_apart(task_id: UUID, attempt_id: UUID, outcome: Outcome) -> bool:
+    """Settle an attempt that decides nothing of its task's end, whatever the task's state, and
+    count its money anew. Whether the attempt was open."""
+    with transaction.atomic():
+        # The task first, as everywhere: two settlements of one task must not cross.
+        Task.objects.select_for_update().filter(id=task_id).first()
+        if not fetch(SETTLE, outcome_values(attempt_id, outcome)):
+            return False
+        recount([task_id])
+        return True
 
 
 RECOUNT = """

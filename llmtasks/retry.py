@@ -17,6 +17,11 @@ TRIES_A_CANDIDATE = 2
 BACKOFF_S = 0.5
 BACKOFF_CAP_S = 30.0
 
+# The error class of the one of two hedged calls whose answer does not count.
+OUTRUN = "Outrun"
+# Attempts that we ended ourselves, as the ledger names them.
+OF_OURS = frozenset({"Interrupted", OUTRUN})
+
 # A permission may be missing for one model only; these hold for all.
 OF_THE_ACCOUNT = (errors.AuthenticationFailed, errors.QuotaExhausted)
 
@@ -47,7 +52,7 @@ class Try:
 def past(provider: str, model: str, error_class: str) -> Try:
     """An attempt of an earlier run, as the ledger has it."""
     error = CLASSES.get(error_class, errors.ConnectionFailed)
-    return Try(provider, model, error, is_ours=error_class == "Interrupted")
+    return Try(provider, model, error, is_ours=error_class in OF_OURS)
 
 
 @dataclass(frozen=True, slots=True)

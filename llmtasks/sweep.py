@@ -6,6 +6,7 @@ could not renew get their time to.
 """
 
 import logging
+import time
 from uuid import UUID
 
 import redis
@@ -22,6 +23,8 @@ BATCH = 1000
 # A new leader looks at younger hints than HINT_LOST_S: the one before may have died between its
 # mark and its hints, and what it marked takes slots.
 LEFT_BEHIND_S = 1.0
+# Between two looks at all attempts that are not settled.
+LOOK_AT_ATTEMPTS_S = 30.0
 
 # What the owner's end means: cancelled if that was asked for; inline work and work that must not
 # run twice fails; other work waits again.
@@ -82,9 +85,30 @@ UPDATE llmtasks_task t SET status = 'expired', finished_at = clock_timestamp(), 
 FROM late WHERE t.id = late.id RETURNING t.id
 """
 
+# A hedged call's other attempt is settled apart from its task: its process may die in between.
+LEFT_OPEN = """
+WITH ended AS (
+    SELECT t.id FROM llmtasks_task t
+    WHERE t.status <> 'running' AND t.id IN (
+        SELECT task_id FROM llmtasks_attempt
+        WHERE state = 'sent' AND started_at < statement_timestamp() - make_interval(secs => %(age)s)
+    )
+    ORDER BY t.id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+)
+UPDATE llmtasks_attempt a SET state = 'unknown', cost_state =
+    CASE WHEN cost_state = 'unpriced' THEN 'unpriced' ELSE 'estimated' END
+FROM ended WHERE a.task_id = ended.id AND a.state = 'sent' RETURNING a.task_id
+"""
+
+_attempts_looked_at = float("-inf")
+
 
 def run() -> int:
     """One sweep; how many tasks were moved."""
+    global _attempts_looked_at
+    if time.monotonic() - _attempts_looked_at >= LOOK_AT_ATTEMPTS_S:
+        _attempts_looked_at = time.monotonic()
+        close_left_open()
     return take_from_dead() + put_back_lost_hints() + expire()
 
 
@@ -103,6 +127,18 @@ def take_from_dead() -> int:
         crash.point("sweep.taken")
         log.warning("took up tasks of processes that are gone", extra={"tasks": len(rows)})
     tell([(task_id, status) for task_id, status, _, _ in rows])
+    return len(rows)
+
+
+def close_left_open() -> int:
+    """Attempts that nobody settles any more, of tasks that ended or wait: what they cost is not
+    known, and counts as estimated."""
+    with transaction.atomic():
+        rows = fetch(LEFT_OPEN, {"batch": BATCH, "age": settings.LLMTASKS["LEASE_S"]})
+        if rows:
+            ledger.recount(sorted({task_id for (task_id,) in rows}))
+    if rows:
+        log.warning("closed attempts that were left open", extra={"attempts": len(rows)})
     return len(rows)
 
 

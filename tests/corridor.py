@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 
-from llmtasks import bodies, dispatch, events, execute, stores, submit
+from llmtasks import bodies, dispatch, events, execute, ledger, stores, submit
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Provider, Task, TaskPayload, Tenant
 from llmtasks.turns import Turns
@@ -146,3 +146,24 @@ def told(task: Task) -> list[tuple[str, dict[str, Any]]]:
     events.outbox().flush()
     entries = stores.redis_client().xrange(events.stream_of(task.id))
     return [(e[b"n"].decode(), bodies.orjson.loads(e[b"d"])) for _, e in entries]
+
+
+@pytest.fixture
+def lose_statement(monkeypatch):
+    """Makes the next statements that contain a text fail as if the connection broke, before they
+    are sent or (`after`) once they were committed."""
+    real = stores.fetch
+    losing: list[tuple[str, bool]] = []
+
+    def fetch(sql: str, params: Any = (), **options: Any) -> Any:
+        hit = next((item for item in losing if item[0] in sql), None)
+        if hit is None:
+            return real(sql, params, **options)
+        losing.remove(hit)
+        if hit[1]:
+            real(sql, params, **options)
+        raise OperationalError("the connection broke")
+
+    monkeypatch.setattr(ledger, "fetch", fetch)
+    monkeypatch.setattr("llmtasks.attempts.SETTLE_AGAIN_S", 0.05)
+    return lambda text, times=1, after=False: losing.extend([(text, after)] * times)

@@ -12,7 +12,8 @@ from llmtasks.models import Provider
 from providers.sandbox import Sandbox
 from tests import factories
 from tests.admin_pages import everything, login, provider, steered, tenant  # noqa: F401
-from tests.corridor import door, short_waits, vendor  # noqa: F401
+from tests.corridor import door, lose_statement, short_waits, vendor  # noqa: F401
+from tests.hedging import hedged, second  # noqa: F401
 
 
 @pytest.fixture(scope="session")

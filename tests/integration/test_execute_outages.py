@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.db import OperationalError
 
-from llmtasks import execute, ledger, pulse, stores, submit, sweep
+from llmtasks import execute, ledger, pulse, submit, sweep
 from llmtasks.execute import Outcome
 from llmtasks.models import Task
 from providers.types import Response
@@ -28,27 +28,6 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 # --- Postgres away --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lose_statement(monkeypatch):
-    """Makes the next statements that contain a text fail as if the connection broke, before they
-    are sent or (`after`) once they were committed."""
-    real = stores.fetch
-    losing: list[tuple[str, bool]] = []
-
-    def fetch(sql: str, params: Any = (), **options: Any) -> Any:
-        hit = next((item for item in losing if item[0] in sql), None)
-        if hit is None:
-            return real(sql, params, **options)
-        losing.remove(hit)
-        if hit[1]:
-            real(sql, params, **options)
-        raise OperationalError("the connection broke")
-
-    monkeypatch.setattr(ledger, "fetch", fetch)
-    monkeypatch.setattr("llmtasks.attempts.SETTLE_AGAIN_S", 0.05)
-    return lambda text, times=1, after=False: losing.extend([(text, after)] * times)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

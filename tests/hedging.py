@@ -1,0 +1,41 @@
+"""Routes that hedge: two accounts at the sandbox, the first of them slow."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from llmtasks.models import Provider, Route, Task
+from tests import factories
+from tests.corridor import until
+
+P95_MS = 60
+SLOW = "slow-20000"
+
+
+@pytest.fixture
+def second(account: Provider, sandbox: Any) -> Provider:
+    """Another account at the sandbox."""
+    return factories.provider(sandbox.base_url, "second")
+
+
+@pytest.fixture
+def hedged(redis: Any):
+    """Makes a route that hedges, to (account, model) in that order, whose first model's p95 is
+    `p95_ms`."""
+
+    def make(*candidates: tuple[Provider, str], p95_ms: float | None = P95_MS, **fields: Any):
+        row = factories.route("smart", *candidates, **fields)
+        Route.objects.filter(pk=row.pk).update(hedges=True)
+        if p95_ms is not None:
+            account, model = candidates[0]
+            redis.hset(f"{{limits}}:stats:{account.name}/{model}", "p95", p95_ms)
+        return row
+
+    return make
+
+
+def nobody_calls(sandbox: Any, task: Task) -> None:
+    """The vendor's connections of both calls are closed, and no thread is left."""
+    until(lambda: sandbox.calls(str(task.id))["under_way"] == 0)
+    until(lambda: not any(t.name in ("hedge", "settle") for t in threading.enumerate()))
