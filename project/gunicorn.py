@@ -18,6 +18,10 @@ graceful_timeout = settings.LLMTASKS["GRACE_S"] + TELL_S
 
 
 def post_worker_init(worker: Any) -> None:
+    from llmtasks import sla  # not before Django is set up
+
+    sla.threads = worker.cfg.threads
+
     def told_to_end(number: int, frame: Any) -> None:
         is_first = worker.alive
         worker.handle_exit(number, frame)

@@ -182,7 +182,7 @@ LLMTASKS = {
         "QUEUED_DEADLINE_S", 86_400, "Deadline of queued work that names none", least=1
     ),
     "AUTO_WAIT_S": env.seconds(
-        "AUTO_WAIT_S", 10, "How long `mode: auto` waits for queued work before it answers 202"
+        "AUTO_WAIT_S", 10, "How long the caller of work in mode `auto` waits, inline or watching"
     ),
     "MAX_WAIT_S": env.seconds("MAX_WAIT_S", 60, "The longest `Prefer: wait=N` that is honoured"),
     "MAX_BODY_BYTES": env.integer(

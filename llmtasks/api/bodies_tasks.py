@@ -17,7 +17,8 @@ class NewTask(Scheduling):
     mode: Literal["inline", "queued", "auto"] | None = Field(
         None,
         description="inline: run in this request. queued: 202 at once. auto (the default):"
-        " queued, and watched for a few seconds in case it is done by then.",
+        " inline where an answer can be expected within a few seconds, else queued, and watched"
+        " for so long in case it is done by then.",
     )
     metadata: Metadata | None = None
     user: User | None = Field(None, description="Your end user; tasks can be listed by it.")

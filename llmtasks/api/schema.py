@@ -153,8 +153,9 @@ create_task = extend_schema(
     operation_id="create_task",
     summary="Create a task",
     description="`mode: inline` runs it in this request, `queued` answers 202 at once, `auto`"
-    " (the default) queues it and waits a few seconds. The answer is the task, whatever became"
-    " of it: look at its status.",
+    " (the default) runs it inline where an answer can be expected within a few seconds, else"
+    " queues it and waits for so long. The answer is the task, whatever became of it: look at its"
+    " status.",
     tags=["Tasks"],
     parameters=[KEY, PREFER],
     request={"application/json": NewChatTask, "application/vnd.embedding+json": NewEmbeddingTask},

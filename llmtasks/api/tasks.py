@@ -9,7 +9,7 @@ from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from rest_framework.request import Request
 
-from llmtasks import execute, pulse, submit
+from llmtasks import execute, pulse, sla, submit
 from llmtasks.api import answers, auth, bodies, schema
 from llmtasks.api.bodies_tasks import BULK, TASK, NewChatTask, NewEmbeddingTask
 from llmtasks.api.doors import (
@@ -54,7 +54,7 @@ class Tasks(ApiView):
         if earlier := earlier_task(work.tenant_id, idempotency):
             return tell_replayed(of_earlier(earlier, body, wishes))
         try:
-            if body.mode == "inline":
+            if runs_inline(work, body, wishes):
                 return run_inline(within_patience(work, wishes), request)
             return of_queued(queue(work), body, wishes)
         except InvalidInput as error:
@@ -194,6 +194,19 @@ def within_input(param: str | None) -> str | None:
     return f"input.{param}"
 
 
+def runs_inline(work: Work, body: AnyNewTask, wishes: Preferences) -> bool:
+    if body.mode == "inline" or body.mode == "queued":
+        return body.mode == "inline"
+    return not wishes.respond_async and sla.runs_inline(work, wait_of(wishes))
+
+
+def wait_of(wishes: Preferences) -> float:
+    """How long the caller of work in mode `auto` waits for its end."""
+    if wishes.wait is not None:
+        return wishes.wait
+    return min(settings.LLMTASKS["AUTO_WAIT_S"], wishes.patience)
+
+
 def run_inline(work: Work, request: Request) -> HttpResponse:
     """Run it in this request. The answer is the task, whatever became of it."""
     task = submit.inline(work)
@@ -210,7 +223,7 @@ def of_queued(task: Task, body: AnyNewTask, wishes: Preferences) -> HttpResponse
     """202 at once, or 200 if the task is done within the time that the caller waits."""
     wait = wishes.wait
     if wait is None and body.mode != "queued" and not wishes.respond_async:
-        wait = min(settings.LLMTASKS["AUTO_WAIT_S"], wishes.patience)
+        wait = wait_of(wishes)
     if wait is not None and body.run_at is None:
         task = watched(task, wait)
     if wait is None or task.status not in FINAL:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,6 +250,21 @@ class Cluster:
         final = ("succeeded", "failed", "cancelled", "expired")
         wait_for(lambda: self.task(task_id)["status"] in final, timeout_s)
         return self.task(task_id)
+
+    def send(self, path: str, body: Mapping[str, Any], **headers: str) -> socket.socket:
+        """A caller whose request is on its way, and who may hang up at any moment."""
+        place, raw = urlsplit(self.base_url), json.dumps(body).encode()
+        lines = {
+            "Host": place.netloc,
+            "Authorization": f"Bearer {self.key}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(raw)),
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        caller = socket.create_connection((place.hostname or "", place.port or 0), timeout=30)
+        caller.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + raw)
+        return caller
 
     def wait_until_ready(self) -> None:
         """Until every program does its work: the web server answers, somebody leads, each lane

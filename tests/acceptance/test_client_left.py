@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -14,6 +12,7 @@ from tests.acceptance.cluster import Cluster, wait_for
 NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # Answers after 3 s; one that takes 4 s, with a delta every 10 ms.
 SLOW, LONG = "slow-3000", "long-400-100"
+MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module", params=["drop", "drain"])
@@ -26,22 +25,6 @@ def policy(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Cluster]]
     ) as cluster:
         cluster.manage("seed_demo", "--route", SLOW, "--route", LONG)
         yield request.param, cluster
-
-
-def send(cluster: Cluster, model: str, *, stream: bool) -> socket.socket:
-    """A caller whose request is on its way."""
-    place = urlsplit(cluster.base_url)
-    body = json.dumps(
-        {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": stream}
-    ).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\n"
-        f"Authorization: Bearer {cluster.key}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    caller = socket.create_connection((place.hostname or "", place.port or 0), timeout=10)
-    caller.sendall(head.encode() + body)
-    return caller
 
 
 def under_way(cluster: Cluster) -> str | None:
@@ -67,7 +50,8 @@ def ended(cluster: Cluster, task_id: str) -> tuple[dict[str, Any], tuple[Any, ..
 )
 def test_a_caller_that_hangs_up(policy: tuple[str, Cluster], model: str, stream: bool):
     name, cluster = policy
-    with send(cluster, model, stream=stream) as caller:
+    body = {"model": model, "messages": MESSAGES, "stream": stream}
+    with cluster.send("/v1/chat/completions", body) as caller:
         task_id = wait_for(lambda: under_way(cluster), 10)
         if model == LONG:
             assert caller.recv(100).startswith(b"HTTP/1.1 200")
@@ -88,17 +72,16 @@ def test_who_asks_again_with_his_key_finds_the_answer_of_a_drained_call(
     policy: tuple[str, Cluster],
 ):
     name, cluster = policy
-    body = {"model": SLOW, "messages": [{"role": "user", "content": "hello"}]}
-    key = {"Idempotency-Key": "left"}
-    first = cluster.api.build_request("POST", "/v1/chat/completions", json=body, headers=key)
-    place = urlsplit(cluster.base_url)
-    with socket.create_connection((place.hostname or "", place.port or 0), timeout=10) as caller:
-        lines = [f"{field}: {value}" for field, value in first.headers.items()]
-        head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""])
-        caller.sendall(head.encode() + first.content)
+    body = {"model": SLOW, "messages": MESSAGES}
+    with cluster.send("/v1/chat/completions", body, Idempotency_Key="left"):
         task_id = wait_for(lambda: under_way(cluster), 10)
     cluster.finished(task_id, 15)
-    again = cluster.api.post("/v1/chat/completions", json=body, headers=key)
+    # The same bytes.
+    again = cluster.api.post(
+        "/v1/chat/completions",
+        content=json.dumps(body),
+        headers={"Idempotency-Key": "left", "Content-Type": "application/json"},
+    )
     assert again.status_code == 200
     is_replayed = again.headers["x-llmtasks-task-id"] == task_id
     assert is_replayed == (name == "drain") == ("Idempotent-Replayed" in again.headers)

@@ -76,8 +76,9 @@ def run_soon(caller: Caller, seconds: float = 0.3) -> threading.Thread:
     [
         ({"mode": "queued"}, {"Prefer": "wait=5"}, "wait=5"),
         ({}, {"Prefer": "respond-async, wait=5"}, "respond-async, wait=5"),
-        ({"mode": "auto"}, {}, None),
-        ({}, {}, None),
+        # Queued, whatever is known of the route.
+        ({"mode": "auto", "lane": "bulk"}, {}, None),
+        ({"lane": "bulk"}, {}, None),
     ],
 )
 def test_who_waits_gets_the_finished_task(
@@ -94,7 +95,7 @@ def test_who_waits_gets_the_finished_task(
 
 
 def test_who_waits_in_vain_gets_202(caller: Caller):
-    answer = caller.task(headers={"Prefer": "wait=1"})
+    answer = caller.task(mode="queued", headers={"Prefer": "wait=1"})
     assert (answer.status_code, answer.json()["status"]) == (202, "waiting")
     assert answer["Preference-Applied"] == "wait=1"
 

@@ -121,7 +121,7 @@ def test_what_can_not_be_read_is_passed_over(caller: Caller, seconds: str):
 @pytest.mark.parametrize("headers", [{}, {"prefer": "wait=30"}])
 def test_who_watches_is_told_in_time(caller: Caller, headers: dict[str, str]):
     began = time.monotonic()
-    answer = caller.task(headers=announced("1") | headers)
+    answer = caller.task(lane="bulk", headers=announced("1") | headers)
     assert time.monotonic() - began < 1.5
     assert (answer.status_code, answer.json()["status"]) == (202, "waiting")
 
