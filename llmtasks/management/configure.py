@@ -10,6 +10,7 @@ from django.core.exceptions import ValidationError
 from django.core.management.base import CommandError
 from django.db.models import Max, Model
 
+from llmtasks.guards import accounts
 from llmtasks.models import Provider, ProviderModel, Route, RouteCandidate
 from providers import registry
 
@@ -35,8 +36,8 @@ def put(kind: type[Row], values: dict[str, Any], **key: Any) -> tuple[Row, str]:
 
 
 def put_provider(name: str, values: dict[str, Any]) -> tuple[Provider, str]:
-    """The provider; its base URL, where none is given, is that of its adapter. Raises
-    `ValidationError`."""
+    """The provider; its base URL, where none is given, is that of its adapter. Another credential
+    is used, where the one before was refused. Raises `ValidationError`."""
     known = Provider.objects.filter(name=name).first() or Provider(name=name)
     adapter = values.get("adapter", known.adapter)
     base_url = values.get("base_url") or known.base_url or registry.BASE_URLS.get(adapter, "")
@@ -45,7 +46,12 @@ def put_provider(name: str, values: dict[str, Any]) -> tuple[Provider, str]:
             registry.check_base_url(adapter, base_url)
         except ValueError as error:
             raise ValidationError({"base_url": str(error)}) from None
-    return put(Provider, {**values, "base_url": base_url}, name=name)
+    before = known.credential
+    row, done = put(Provider, {**values, "base_url": base_url}, name=name)
+    if row.credential != before:
+        # One that was refused says nothing of another.
+        accounts.recover(row.name, "add_provider")
+    return row, done
 
 
 def put_candidate(

@@ -6,9 +6,19 @@ from io import StringIO
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.management import CommandError, call_command
+from django.utils import timezone
 
 from llmtasks.management.commands import seed_demo as seed
-from llmtasks.models import ApiKey, Config, Price, Provider, Route, RouteCandidate, Tenant
+from llmtasks.models import (
+    ApiKey,
+    Config,
+    Price,
+    Provider,
+    ProviderEvent,
+    Route,
+    RouteCandidate,
+    Tenant,
+)
 from llmtasks.models.tenancy import split
 
 pytestmark = pytest.mark.django_db
@@ -63,6 +73,17 @@ def test_the_same_again_changes_nothing():
     before = version()
     assert "provider vendor: as it was" in run("add_provider", *arguments)
     assert version() == before
+
+
+def test_another_key_is_used_where_the_one_before_was_refused():
+    run("add_provider", *NEW, "--key", "env:A")
+    Provider.objects.update(refused_at=timezone.now(), refused_reason="AuthenticationFailed: no")
+    run("add_provider", "vendor", "--key", "env:A", "--price-family", "openai")
+    assert Provider.objects.get().refused_at is not None
+    run("add_provider", "vendor", "--key", "env:B")
+    row = Provider.objects.get()
+    assert (row.refused_at, row.refused_reason, row.credential) == (None, "", "env:B")
+    assert ProviderEvent.objects.get().detail == "by add_provider"
 
 
 def test_only_what_a_flag_names_is_changed():

@@ -30,7 +30,7 @@ def busy(vendor: Provider) -> Provider:
     Limit.objects.create(provider=vendor, unit="requests", window="minute", amount=100)
     Limit.objects.create(provider=vendor, tenant=acme, unit="requests", window="minute", amount=8)
     Limit.objects.create(tenant=acme, unit="tokens", window="day", amount=1000)
-    Limit.objects.create(each="key", unit="requests", window="second", amount=50)
+    Limit.objects.create(each="key", unit="requests", window="hour", amount=50)
     ProviderModel.objects.filter(name="other").update(
         refused_at=timezone.now(), refused_reason="PermissionDenied: key sk-live-1 of acme"
     )
@@ -81,7 +81,7 @@ def test_the_series(busy: Provider, client: Any) -> None:
     assert one(found, "call_errors_total", model="m", error="Timeout") == 4
     assert one(found, "limit_used_ratio", provider="vendor", counts="all") == pytest.approx(0.04)
     assert one(found, "limit_used_ratio", provider="vendor", counts="one tenant") == 0.5
-    assert one(found, "limit_used", counts="each key", window="second") == 4
+    assert one(found, "limit_used", counts="each key", window="hour") == 4
     assert one(found, "limit_amount", counts="one tenant", window="day") == 1000
 
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from uuid_utils.compat import uuid7
 
-from llmtasks import dispatch, ledger, pulse, room, stores, sweep, tasks
+from llmtasks import backlog, dispatch, ledger, pulse, room, stores, sweep, tasks
 from llmtasks.turns import LEAST_SEARCHED, NOBODY
 
 ROWS = 200_000
@@ -28,6 +28,11 @@ FROM generate_series(1, %(rows)s + 20000) n
 
 # The tenant of three quarters of the rows.
 HEAVY = uuid7()
+LOOK = {
+    "seen": backlog.SEEN,
+    "counted": backlog.COUNTED,
+    "classes": backlog.CLASSES_FROM,
+}
 IDS = [uuid7() for _ in range(3)]
 STATEMENTS = {
     "FIND": (
@@ -72,6 +77,8 @@ STATEMENTS = {
     "EXPIRE": (sweep.EXPIRE, {"batch": 1000}),
     "CLAIM": (ledger.CLAIM, {"task": IDS[0], "seq": 1, "owner": IDS[1]}),
     "RECOUNT": (ledger.RECOUNT, {"ids": IDS}),
+    "WAITING": (backlog.WAITING, LOOK),
+    "UNDER_WAY": (backlog.UNDER_WAY, LOOK),
     "first_id_of": (
         "SELECT task_id FROM llmtasks_taskpayload WHERE task_id < %(id)s"
         " ORDER BY task_id LIMIT 5000",
@@ -96,3 +103,22 @@ def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
         buffers = next(line for line in plan if "Buffers:" in line)
         pages = sum(int(part.partition("=")[2]) for part in buffers.split() if "=" in part)
         assert pages < 3000, "\n".join([name, *plan])
+    # A look at the whole waiting room counts no further than it says.
+    [(found,)] = stores.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {backlog.WAITING}", LOOK)
+    read = rows_read(stores.loads(found)[0]["Plan"])
+    assert read <= len(LANES) * 2 * backlog.COUNTED + 2 * backlog.SEEN, read
+    depths = backlog.look()
+    assert {depth.due for depth in depths.values()} == {backlog.COUNTED}
+    assert {place.lane for place in depths} == set(LANES)
+
+
+LANES = ("interactive", "default", "bulk")
+
+
+def rows_read(plan: dict) -> float:
+    """The tasks that a plan's nodes found, those among them that were thrown away."""
+    mine = 0.0
+    if plan.get("Relation Name") == "llmtasks_task":
+        found = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
+        mine = found * plan["Actual Loops"]
+    return mine + sum(rows_read(child) for child in plan.get("Plans", ()))

@@ -73,6 +73,7 @@ def test_lists(given):
         ("DROP_AFTER_S", "1"),
         ("RENEW_S", "0"),
         ("CLIENT_LEFT", "wait"),
+        ("METRICS_TOKEN", "too-short"),
         ("DATABASE_URL", "not a url"),
         ("SECRET_KEY", ""),
     ],

@@ -1,0 +1,145 @@
+"""The admin in a real browser: no other host is asked, no script fails, charts are drawn."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.urls import reverse
+from django.utils import timezone
+from playwright.sync_api import Page, expect, sync_playwright
+
+from llmtasks.models import Lane, Limit, Provider, ProviderEvent
+from tests import factories
+from tests.admin_pages import make_task, page
+from tests.integration.test_health import call, vendor
+
+__all__ = ["vendor"]
+
+CHROMIUM = shutil.which("chromium")
+SLOW_MS = 30_000
+
+
+@pytest.fixture
+def browser(vendor: Provider, live_server: Any, client: Any) -> Iterator[Page]:
+    """A page that is logged in, and that says what it asked for and what failed. The test's thread
+    must not ask the database while it is open."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("needs chromium")
+        pytest.skip("needs chromium")
+    client.force_login(User.objects.create_superuser("operator"))
+    cookie = {
+        "name": "sessionid", "value": client.cookies["sessionid"].value, "url": live_server.url,
+    }  # fmt: skip
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = program.new_context(
+            base_url=live_server.url, viewport={"width": 1400, "height": 900}
+        )
+        context.add_cookies([cookie])  # type: ignore[list-item]
+        context.set_default_timeout(SLOW_MS)
+        expect.set_options(timeout=SLOW_MS)
+        opened = context.new_page()
+        opened.faults = []  # type: ignore[attr-defined]
+        watch(opened, live_server.url)
+        yield opened
+        program.close()
+    assert not opened.faults, opened.faults  # type: ignore[attr-defined]
+
+
+def watch(opened: Page, url: str) -> None:
+    faults: list[str] = opened.faults  # type: ignore[attr-defined]
+    own = (url, "data:")
+    opened.on("request", lambda r: r.url.startswith(own) or faults.append(f"asked {r.url}"))
+    opened.on("pageerror", lambda error: faults.append(f"script: {error}"))
+    opened.on(
+        "response",
+        lambda r: (
+            r.status < 400 or r.url.endswith("/favicon.ico") or faults.append(f"{r.status} {r.url}")
+        ),
+    )
+
+
+@pytest.fixture
+def busy(vendor: Provider) -> dict[str, int]:
+    """Something to draw, and the pages on which it is drawn."""
+    tenant = factories.tenant(weight=5)
+    for number in range(3):
+        make_task(tenant, not_before=timezone.now() - timedelta(minutes=number), lane=Lane.BULK)
+    make_task(tenant, status="running", lane=Lane.BULK)
+    limit = Limit.objects.create(provider=vendor, unit="requests", window="hour", amount=10)
+    call(8, error="Timeout")
+    ProviderEvent.objects.create(provider="vendor", model="m", event="opened", detail="Timeout")
+    Provider.objects.update(refused_at=timezone.now(), refused_reason="AuthenticationFailed: no")
+    return {"provider": vendor.pk, "limit": limit.pk}
+
+
+def widths_of(opened: Page, *selectors: str) -> list[float]:
+    """How wide the first of each is drawn, all at one moment: the page changes by itself."""
+    script = "all => all.map(s => document.querySelector(s)?.getBoundingClientRect().width ?? 0)"
+    found: list[float] = opened.evaluate(script, list(selectors))
+    return found
+
+
+@pytest.mark.django_db(transaction=True)
+def test_every_new_page_opens_in_a_browser(busy: dict[str, int], browser: Page) -> None:
+    urls = [
+        reverse("admin:index"),
+        reverse("queues"),
+        page("provider", busy["provider"]),
+        page("limit", busy["limit"]),
+        *(reverse(f"admin:llmtasks_{name}_add") for name in ("limit", "route", "tenant")),
+        *(
+            reverse(f"admin:llmtasks_{name}_changelist")
+            for name in ("limit", "providerevent", "provider", "route", "tenant")
+        ),
+    ]
+    for url in urls:
+        browser.goto(url)
+        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert browser.evaluate(overflow) <= 0, url
+
+
+@pytest.mark.django_db(transaction=True)
+def test_charts_are_drawn_and_follow_by_themselves(busy: dict[str, int], browser: Page) -> None:
+    browser.goto(reverse("queues"))
+    expect(browser.get_by_text("8 of 10 · 80%")).to_be_visible()
+    due, running, used, limit = widths_of(
+        browser,
+        *(".lt-stack > .lt-due", ".lt-stack > .lt-running"),
+        *(".lt-use .lt-progress > div", ".lt-use .lt-progress"),
+    )
+    assert due == pytest.approx(3 * running, rel=0.05) and running > 20
+    assert used == pytest.approx(0.8 * limit, rel=0.02)
+    expect(browser.get_by_text("3 waiting · 1 under way").first).to_be_visible()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: make_task(factories.tenant(), lane=Lane.BULK)).result()
+    shown = browser.get_by_text("4 waiting · 1 under way").first
+    expect(shown).to_be_visible()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_refused_credential_is_used_again_by_a_click(busy: dict[str, int], browser: Page) -> None:
+    browser.goto(reverse("admin:index"))
+    alert = browser.get_by_role("alert")
+    expect(alert).to_contain_text("the vendor refused its credential")
+    alert.get_by_role("button", name="Use the credential again").click()
+    expect(browser.get_by_text("vendor is used again.")).to_be_visible()
+    expect(browser.get_by_role("alert")).to_have_count(0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: Provider.objects.get().refused_at).result() is None
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_wrong_limit_is_told_at_its_field(busy: dict[str, int], browser: Page) -> None:
+    browser.goto(reverse("admin:llmtasks_limit_add"))
+    browser.locator("[name=unit]").select_option("concurrency")
+    browser.locator("[name=window]").select_option("minute")
+    browser.locator("[name=amount]").fill("5")
+    browser.get_by_role("button", name="Save", exact=True).click()
+    expect(browser.get_by_text("Calls at once have no window: empty it.")).to_be_visible()
