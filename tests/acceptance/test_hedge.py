@@ -1,0 +1,44 @@
+"""A worker that dies by kill -9 with two calls under way for one answer."""
+
+import redis
+
+from tests.acceptance.cluster import Cluster, wait_for
+
+ROUTE = "slow-2000"
+ATTEMPTS = """
+SELECT number, state, cost_state, error_class, cost FROM llmtasks_attempt
+WHERE task_id = %s ORDER BY number
+"""
+
+
+def test_a_worker_that_dies_between_two_calls_leaves_both_unknown(cluster: Cluster):
+    with redis.Redis.from_url(cluster.environment["REDIS_URL"]) as client:
+        client.hset(f"{{limits}}:stats:sandbox/{ROUTE}", "p95", 100)
+    cluster.rows("UPDATE llmtasks_route SET hedges = true WHERE name = %s", [ROUTE])
+    try:
+        cluster.kill9("worker-default")
+        # Right after the second attempt was written down.
+        cluster.start("worker-default", LLMTASKS_CRASH="attempt.begun:2")
+        cluster.wait_until_ready()
+        task_id = cluster.queue(ROUTE)
+        wait_for(lambda: not cluster.is_alive("worker-default"), 30)
+        rows = cluster.rows(ATTEMPTS, [task_id])
+        assert [(number, state) for number, state, *_ in rows] == [(1, "sent"), (2, "sent")]
+        cluster.start_all()
+        task = cluster.finished(task_id, 60)
+        assert task["status"] == "succeeded"
+
+        def is_settled() -> bool:
+            return not any(state == "sent" for _, state, *_ in cluster.rows(ATTEMPTS, [task_id]))
+
+        wait_for(is_settled, 10)
+        first, second, *others = cluster.rows(ATTEMPTS, [task_id])
+        for _, state, cost_state, _, cost in (first, second):
+            assert (state, cost_state) == ("unknown", "estimated")
+            assert cost > 0
+        # It was run again, with two calls again.
+        assert sorted(error for *_, error, _ in others) == ["", "Outrun"]
+        [(cost,)] = cluster.rows("SELECT cost FROM llmtasks_task WHERE id = %s", [task_id])
+        assert cost == sum(cost for *_, cost in (first, second, *others))
+    finally:
+        cluster.rows("UPDATE llmtasks_route SET hedges = false WHERE name = %s", [ROUTE])
