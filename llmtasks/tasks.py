@@ -12,13 +12,18 @@ from uuid import UUID
 from celery import Celery, shared_task
 from django.conf import settings
 from django.db import OperationalError
+from kombu.utils.limits import TokenBucket
 
 from llmtasks import execute, pulse
-from llmtasks.models import IdempotencyKey, TaskPayload, Worker
+from llmtasks.models import WINDOWS, IdempotencyKey, Limit, TaskPayload, Worker
 from llmtasks.queues import task_name
+from llmtasks.room import HORIZON_S
 
 # Rows that one statement of the purge deletes.
 PURGE_BATCH = 5000
+# The windows of limits that a rate of each second can stand behind.
+SHORT = ("second", "minute")
+LEAST_AHEAD = 10
 
 
 def register(app: Celery, providers: Iterable[str]) -> None:
@@ -33,6 +38,29 @@ def register(app: Celery, providers: Iterable[str]) -> None:
                 retry_jitter=True,
                 max_retries=5,
             )(run)
+
+
+def backstops() -> dict[str, TokenBucket]:
+    """Celery's own rate limit of each provider that has a limit of requests: twice what the
+    dispatcher releases, held by each worker for itself, should everything else fail.
+
+    Tasks that wait for it are held in the worker's memory. Where a provider may fill the lane,
+    they would keep others out: there is none then.
+    """
+    if settings.LLMTASKS["PROVIDER_SHARE"] >= 1:
+        return {}
+    whole = Limit.objects.filter(
+        unit=Limit.Unit.REQUESTS, window__in=SHORT, provider__isnull=False, model="",
+        tenant=None, key=None, each="",
+    )  # fmt: skip
+    rates: dict[str, tuple[float, int]] = {}
+    for limit in whole.select_related("provider"):
+        per_s = 2 * limit.amount / WINDOWS[limit.window]
+        # What may come at once: all that the dispatcher releases ahead.
+        ahead = int(max(per_s * HORIZON_S, limit.burst or 0, LEAST_AHEAD))
+        name = task_name(limit.provider.name)  # type: ignore[union-attr]
+        rates[name] = min((per_s, ahead), rates.get(name, (per_s, ahead)))
+    return {name: TokenBucket(per_s, capacity=ahead) for name, (per_s, ahead) in rates.items()}
 
 
 def run(task_id: str, seq: int) -> None:

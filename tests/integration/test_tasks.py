@@ -10,7 +10,7 @@ from django.utils import timezone
 from uuid_utils.compat import uuid7
 
 from llmtasks import submit, tasks
-from llmtasks.models import IdempotencyKey, Task, TaskPayload, Worker
+from llmtasks.models import IdempotencyKey, Limit, Task, TaskPayload, Worker
 from llmtasks.submit import Idempotency
 from tests import factories
 
@@ -33,6 +33,38 @@ def test_a_celery_task_runs_the_release_that_it_names(account, monkeypatch):
     name = uuid7()
     app.tasks["tasks.sandbox"].run(str(name), 2)
     assert ran == [(name, 2)]
+
+
+# --- the backstop ---------------------------------------------------------------------------------
+
+
+def limit(provider: Any, amount: int, window: str, **fields: Any) -> None:
+    given = {"unit": "requests", **fields}
+    Limit.objects.create(provider=provider, amount=amount, window=window, **given)
+
+
+def test_a_provider_with_a_limit_of_requests_has_a_backstop_at_twice_its_rate(account):
+    second = factories.provider(name="second")
+    factories.provider(name="free")
+    limit(account, 600, "minute")
+    limit(account, 50, "second")
+    limit(account, 10, "minute", unit="tokens")
+    limit(account, 10, "minute", model="echo")
+    limit(account, 10, "minute", tenant=factories.tenant())
+    limit(None, 1, "second")
+    limit(second, 100, "day")
+    found = tasks.backstops()
+    assert set(found) == {"tasks.sandbox"}
+    bucket = found["tasks.sandbox"]
+    assert bucket.fill_rate == 20
+    # All that the dispatcher releases ahead passes at once.
+    assert [bucket.can_consume() for _ in range(41)].count(True) in (40, 41)
+
+
+def test_where_a_provider_may_fill_the_lane_there_is_no_backstop(account, settings):
+    limit(account, 600, "minute")
+    settings.LLMTASKS = {**settings.LLMTASKS, "PROVIDER_SHARE": 1.0}
+    assert tasks.backstops() == {}
 
 
 # --- purge ----------------------------------------------------------------------------------------

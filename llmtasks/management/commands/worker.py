@@ -12,6 +12,7 @@ from celery.worker import state
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import OperationalError
+from kombu.utils.limits import TokenBucket
 
 from llmtasks import checks, pulse, queues, routing, stores, tasks
 from llmtasks.models import Lane, Worker
@@ -111,20 +112,24 @@ class Follower:
             if version != self.served and is_due:
                 try:
                     providers = sorted(routing.snapshot().providers)
+                    buckets = tasks.backstops()
                 except OperationalError:
                     log.warning("the configuration can't be read: Postgres is away")
                 else:
-                    self.consumer.call_soon(self.serve, providers, version)
+                    self.consumer.call_soon(self.serve, providers, buckets, version)
                 finally:
                     stores.release()
                 asked, asked_at = version, time.monotonic()
             time.sleep(LOOK_S)
 
-    def serve(self, providers: list[str], version: int) -> None:
+    def serve(self, providers: list[str], buckets: dict[str, TokenBucket], version: int) -> None:
         """In the consumer's thread: tasks and queues for all providers, then say so."""
         if self.is_stopping:
             return
         tasks.register(current_app, providers)
+        for provider in providers:
+            name = queues.task_name(provider)
+            self.consumer.task_buckets[name] = buckets.get(name)
         self.consumer.update_strategies()
         names = queues.all_queues(providers, self.lane)
         for name in names:
