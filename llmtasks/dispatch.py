@@ -43,7 +43,7 @@ ROUND_S = 0.005
 MANY = 100
 # The most tasks of a place that one round releases, and tenants of a line that it looks at.
 MOST_A_ROUND = 500
-MOST_SEEN = 500
+MOST_SEEN = 200
 # Tenants beyond the room that are looked at, since some have nothing left.
 SPARE = 16
 # A tenant whose own limits have no room is asked for again after this time.
@@ -260,8 +260,9 @@ def asks_at(place: Place, most: int, lines: Iterable[Line], turns: Turns, room: 
     start = turns.stride(place).start
     pairs += heapq.nsmallest(most, more, key=lambda pair: start(pair[1]))
     weights = [turns.lines[line].weights[tenant] for line, tenant in pairs]
+    total = sum(weights)
     return [
-        Ask(line, tenant, weight, share(most, weight, sum(weights)))
+        Ask(line, tenant, weight, share(most, weight, total))
         for (line, tenant), weight in zip(pairs, weights, strict=True)
     ]
 
