@@ -132,7 +132,8 @@ def after_error(attempt: Sending, error: errors.ProviderError, chosen: retry.Nex
         "retry",
         extra={
             "task": task.id, "attempt": attempt.id, "error": type(error).__name__,
-            "provider": attempt.provider, "next": chosen.candidate.provider,
+            "provider": attempt.provider, "model": attempt.model,
+            "next": f"{chosen.candidate.provider}/{chosen.candidate.model}",
             "wait_s": round(chosen.wait_s, 3),
         },
     )  # fmt: skip
