@@ -244,7 +244,10 @@ LLMTASKS = {
         "GRACE_S", 20, "Seconds that calls under way get when their process is to end", least=1
     ),
     "HINT_LOST_S": env.seconds(
-        "HINT_LOST_S", 30, "When a released task counts as lost if its queue is empty", least=1
+        "HINT_LOST_S",
+        30,
+        "When a released task counts as lost if its hint lies in no queue",
+        least=1,
     ),
 }
 CLIENT_LEFT = env.choice(
