@@ -20,6 +20,8 @@ def rooms(
     """How many more background calls may begin within `horizon_s`, for (provider, model) and for
     tenants. What is missing has no limit. Raises `Away`."""
     asked = [*of_models(models), *of_tenants(tenants)]
+    if not (asked or models):
+        return {}, {}
     answer = meters.run(
         "room",
         [key for _, key, _ in asked],
