@@ -201,6 +201,9 @@ def test_the_demo_is_seeded(seed_demo):
     assert candidates("smart") == ["sandbox/echo", "sandbox-anthropic/claude-echo"]
     assert candidates("fallback") == ["sandbox/error-503", "sandbox-anthropic/claude-echo"]
     assert candidates("claude-long-2000") == ["sandbox-anthropic/claude-long-2000"]
+    # What takes its account out of use has one of its own.
+    assert candidates("error-401") == ["sandbox-refused/error-401"]
+    assert candidates("claude-error-402") == ["sandbox-anthropic-refused/claude-error-402"]
     assert Route.objects.get(name="embed").kind == Route.Kind.EMBEDDING
     assert not Route.objects.filter(name="claude-embed").exists()
     assert Price.objects.filter(family="openai").exists()

@@ -1,8 +1,9 @@
 """`manage.py seed_demo`: what a first look needs, again and again the same.
 
-A tenant with a key, an administrator, the sandbox's two accounts (one for each wire format), a
-route for each thing that the sandbox can do, its prices and those of genai-prices. What is there
-already stays; so do later prices that somebody added.
+A tenant with a key, an administrator, the sandbox's accounts (one for each wire format, and one
+more of each whose credential gets refused), a route for each thing that the sandbox can do, its
+prices and those of genai-prices. What is there already stays; so do later prices that somebody
+added.
 
 One route, `unpriced`, has no price, so that the state can be seen.
 """
@@ -41,6 +42,9 @@ CHAT = (
     *(f"long-{tokens}" for tokens in (5, 10, 20, 50, 100, 200, 500, 1000, 2000)),
 )
 EMBEDDING = ("embed",)
+# Answers by which a vendor refuses the credential. They have accounts of their own: an account
+# whose credential was refused is used no more.
+REFUSING = frozenset({"error-401", "error-402"})
 # A name that the sandbox obeys and that nothing else uses: the one model without a price.
 UNPRICED = "slow-1"
 
@@ -143,18 +147,15 @@ def seed_administrator() -> dict[str, Any]:
 
 
 def seed_sandbox(url: str, more: list[str]) -> dict[str, Any]:
-    """The two accounts and their routes."""
-    common = {"credential": CREDENTIAL, "price_family": FAMILY}
-    compatible, _ = put_provider(
-        "sandbox", {"adapter": "compatible", "base_url": f"{url}/v1", **common}
-    )
-    anthropic, _ = put_provider(
-        "sandbox-anthropic", {"adapter": "anthropic", "base_url": url, **common}
-    )
+    """The two accounts and their routes, and two more accounts that get refused."""
+    compatible, anthropic = (seed_account(name, url) for name in ("compatible", "anthropic"))
+    refused = [seed_account(name, url, "-refused") for name in ("compatible", "anthropic")]
     embedding = [*EMBEDDING, *(name for name in more if name.startswith("embed"))]
     chat = [*CHAT, *(name for name in more if not name.startswith("embed"))]
-    pairs = [(compatible, name, name) for name in chat]
-    pairs += [(anthropic, f"claude-{name}", f"claude-{name}") for name in chat]
+    pairs = []
+    for name in chat:
+        first, second = refused if name in REFUSING else (compatible, anthropic)
+        pairs += [(first, name, name), (second, f"claude-{name}", f"claude-{name}")]
     pairs += [
         (compatible, "unpriced", UNPRICED),
         (anthropic, "claude-unpriced", f"claude-{UNPRICED}"),
@@ -168,9 +169,21 @@ def seed_sandbox(url: str, more: list[str]) -> dict[str, Any]:
     price([*chat, *(f"claude-{name}" for name in chat)], CHAT_PRICE)
     price(embedding, EMBEDDING_PRICE)
     return {
-        "providers": [compatible.name, anthropic.name],
+        "providers": [account.name for account in (compatible, anthropic, *refused)],
         "routes": {"made": made, "all": Route.objects.count()},
     }
+
+
+def seed_account(adapter: str, url: str, ending: str = "") -> Provider:
+    is_compatible = adapter == "compatible"
+    fields = {
+        "adapter": adapter,
+        "base_url": f"{url}/v1" if is_compatible else url,
+        "credential": CREDENTIAL,
+        "price_family": FAMILY,
+    }
+    name = "sandbox" if is_compatible else "sandbox-anthropic"
+    return put_provider(f"{name}{ending}", fields)[0]
 
 
 def add_routes(pairs: list[tuple[Provider, str, str]], kind: str) -> int:
