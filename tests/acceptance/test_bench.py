@@ -27,11 +27,22 @@ OF_THE_QUEUE = {
 }  # fmt: skip
 
 
+OF_RELEASES = {
+    "waiting", "heavy_percent", "released", "seconds", "released_per_s", "least_per_s", "newcomers",
+    "newcomer_p50_ms", "newcomer_max_ms", "dispatcher_cpu_s", "postgres_cpu_s", "valkey_cpu_s",
+    "consumer_cpu_s", "rss_first_mb", "rss_last_mb",
+}  # fmt: skip
+OF_IDLENESS = {"why", "waiting", "dispatcher_cpu", "postgres_cpu", "valkey_cpu"}
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    folder = tmp_path_factory.mktemp("bench")
+    return run_quickly(tmp_path_factory.mktemp("bench"), "--upstream", "sandbox")
+
+
+def run_quickly(folder: Path, *arguments: str) -> dict[str, object]:
     # Servers of its own: other tests' rows must not be counted, nor its own be seen by them.
-    bench = [sys.executable, "-m", "tests.benchmarks", "--quick", "--upstream", "sandbox"]
+    bench = [sys.executable, "-m", "tests.benchmarks", "--quick", *arguments]
     stack = [sys.executable, "-m", "project.stack", "--data", str(folder / "servers"), "run"]
     kept = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
     done = subprocess.run(
@@ -43,8 +54,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "inline" in done.stdout
-    assert "queued" in done.stdout
     [written] = folder.glob("*.json")
     found: dict[str, object] = json.loads(written.read_text())
     return found
@@ -73,3 +82,15 @@ def test_the_queue_has_every_figure(result: dict[str, object]) -> None:
     assert isinstance(queue, dict)
     assert set(queue) == OF_THE_QUEUE
     assert None not in queue.values()
+
+
+def test_the_dispatchers_run_has_every_figure(tmp_path: Path) -> None:
+    result = run_quickly(tmp_path, "dispatch")
+    found = result["dispatch"]
+    assert isinstance(found, dict)
+    assert set(found) == {"slots", "releases", "idle", "handover"}
+    for one in found["releases"]:
+        assert set(one) == OF_RELEASES
+        assert one["released"] > 0
+    assert [set(one) for one in found["idle"]] == [OF_IDLENESS] * 4
+    assert set(found["handover"]) == {"handovers_s", "longest_s"}
