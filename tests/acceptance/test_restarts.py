@@ -191,7 +191,7 @@ def test_what_outlives_the_grace_time_is_handed_back(cluster: Cluster):
         assert (told.status_code, told.headers["retry-after"]) == (503, "1")
         assert told.json()["error"]["code"] == "interrupted"
         assert native.result().json()["error"]["class"] == "Interrupted"
-        assert GRACE_S - 1 < time.monotonic() - began < GRACE_S + 3
+        assert GRACE_S - 1 < time.monotonic() - began < GRACE_S + 10
     for name in ("web", "worker-default"):
         assert cluster.running[name].wait(GRACE_S + 5) == 0
     waits = "SELECT status, owner_id, error_class FROM llmtasks_task WHERE id = %s"
