@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 KEPT_S = 1.0
 KEPT_TIMES = 10
+# One looks, the others wait for so long.
+PATIENCE_S = 2.0
 POSTGRES_AWAY = (Error, psycopg.Error, Unavailable)
 
 PROCESSES = """
@@ -109,14 +111,19 @@ _lock = threading.Lock()
 
 
 def now() -> Health:
-    """How everything does, as of a moment ago."""
+    """How everything does, as of a moment ago; of longer ago while somebody looks for long, since a
+    store hangs."""
     global _last
-    with _lock:
+    if not _lock.acquire(timeout=PATIENCE_S):
+        return Health() if _last is None else _last[1]
+    try:
         began = time.monotonic()
         if _last is None or began >= _last[0]:
             health = look()
             _last = (time.monotonic() + kept_s(health, time.monotonic() - began), health)
         return _last[1]
+    finally:
+        _lock.release()
 
 
 def kept_s(health: Health, took_s: float) -> float:
@@ -137,7 +144,7 @@ def look() -> Health:
     if errors is not None:
         health.has["redis"] = True
         health.errors = errors
-        health.uses = tried(limits, (Away, *POSTGRES_AWAY)) or []
+        health.uses = tried(lambda: limits(rows is not None), (Away, *POSTGRES_AWAY)) or []
     health.accounts = with_readings(rows or [], health)
     stores.release()
     return health
@@ -147,7 +154,8 @@ def tried(ask: Callable[[], Found], away: Any) -> Found | None:
     try:
         return ask()
     except away as error:
-        log.warning("a part of the health can't be told", extra={"error": str(error)})
+        told = str(error) or type(error).__name__
+        log.warning("a part of the health can't be told", extra={"error": told})
         return None
 
 
@@ -162,10 +170,12 @@ def processes() -> tuple[list[Processes], bool]:
     return [Processes(*row) for row in fetch(PROCESSES)], leaders > 0
 
 
-def limits() -> list[Use]:
+def limits(has_postgres: bool) -> list[Use]:
+    """Of the limits that each has for himself only Postgres knows whose to look at."""
     known = rules.rules()
     of_providers = [rule for some in known.of_provider.values() for rule in some]
-    return readings.uses([*of_providers, *known.others])
+    every = [*of_providers, *known.others]
+    return readings.uses([rule for rule in every if has_postgres or not rule.each])
 
 
 def with_readings(rows: list[Provider], health: Health) -> list[Account]:

@@ -210,6 +210,18 @@ def test_without_postgres_the_rest_is_there(
     assert found.errors and found.accounts == [] and found.backlog is None
 
 
+def test_without_postgres_nobody_waits_for_it(
+    vendor: Provider, monkeypatch: pytest.MonkeyPatch, django_assert_num_queries: Any
+) -> None:
+    whole = Limit.objects.create(provider=vendor, unit="requests", window="minute", amount=10)
+    Limit.objects.create(unit="requests", window="minute", amount=10, each="key")
+    call(1)
+    monkeypatch.setattr(pulse.start(), "is_away", True)
+    with django_assert_num_queries(0):
+        found = health.look()
+    assert [use.rule.id for use in found.uses] == [whole.pk]
+
+
 @pytest.mark.parametrize("error", [OperationalError("cut"), psycopg.OperationalError("cut")])
 def test_a_backlog_that_takes_too_long_is_missing_alone(
     vendor: Provider, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -249,3 +261,13 @@ def test_a_dear_look_is_kept_longer_but_not_where_a_store_was_away() -> None:
     assert health.kept_s(whole, 0.001) == health.KEPT_S
     assert health.kept_s(whole, 0.5) == 5.0
     assert health.kept_s(health.Health(), 3.0) == health.KEPT_S
+
+
+def test_while_a_store_hangs_others_get_what_was_seen_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(health, "look", lambda: pytest.fail("one look at a time"))
+    seen = health.Health()
+    with health._lock:
+        assert health.now().has == {"postgres": False, "redis": False}
+        monkeypatch.setattr(health, "_last", (0.0, seen))
+        assert health.now() is seen
