@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 
 
@@ -17,7 +17,8 @@ class Size:
     kill_after_s: tuple[float, float]
     down_s: tuple[float, float]
     up_s: tuple[float, float]
-    patience_s: float
+    # Nothing moved for so long: no more comes.
+    quiet_s: float
 
 
 # A share of the victims is killed without a look at whether it works: at its start, for one.
@@ -40,14 +41,19 @@ class Bursts:
     def may_send(self, number: int) -> bool:
         return number < self.begun * self.share
 
+    def is_sent(self, sent: Sized) -> bool:
+        """What was let through has been sent."""
+        return len(sent) >= min(self.size.tasks, int(self.begun * self.share))
+
     def run(
         self,
         victims: Iterable[str],
         kill: Callable[[str], object],
         start: Callable[[str], object],
-        wait_for_work: Callable[[str], object] = lambda name: None,
+        wait_for_work: Callable[[str], object],
+        wait_until_sent: Callable[[], object],
     ) -> None:
-        """A burst and a kill in its middle, for each victim."""
+        """A burst and a kill in its middle, for each victim; then the rest of the burst."""
         for name in victims:
             self.begun += 1
             if self.dice.random() >= BLIND:
@@ -57,6 +63,7 @@ class Bursts:
             time.sleep(self.dice.uniform(*self.size.down_s))
             start(name)
             time.sleep(self.dice.uniform(*self.size.up_s))
+            wait_until_sent()
 
 
 def victims(names: list[str], kills: int, seed: int) -> list[str]:

@@ -22,7 +22,7 @@ from celery import Celery, signals
 from project.stack.processes import Child
 from tests.benchmarks import upstream
 from tests.chaos.bursts import AT_WORK, WORK_S, Bursts, Size
-from tests.chaos.submit import until
+from tests.chaos.submit import until, while_moving
 
 BROKER, VENDOR = "CONTROL_BROKER", "CONTROL_VENDOR"
 RESULTS, FAILURES, RUNNING = "control:results", "control:failures", "control:running"
@@ -30,9 +30,10 @@ SEED = 21
 SLOTS = 24
 # Nothing is redelivered sooner: as long as our leases.
 VISIBILITY_S = 6
-# Nothing in the broker and nothing under way for so long: no more results come.
-QUIET_S = 5
-PATIENCE_S = 120
+# Nothing in the broker, and nothing moved for so long: no more results come.
+QUIET_S = 2 * VISIBILITY_S
+# So often more is waited for what is in the broker still.
+ROUNDS = 5
 
 app = Celery("control", broker=os.environ.get(BROKER, "redis://127.0.0.1:1/0"))
 app.conf.update(
@@ -123,6 +124,7 @@ def run(
     bursts = Bursts(size, SEED)
     began = time.monotonic()
     stopped = threading.Event()
+    sent: list[int] = []
     try:
         with redis.Redis.from_url(place.redis_url) as results:
             results.flushdb()
@@ -131,7 +133,7 @@ def run(
             for child in children.values():
                 child.start()
             sending = threading.Thread(
-                target=send, args=(place.redis_url, bodies, bursts, stopped), daemon=True
+                target=send, args=(place.redis_url, bodies, bursts, sent, stopped), daemon=True
             )
             sending.start()
 
@@ -142,7 +144,13 @@ def run(
                 results.hdel(RUNNING, f"{name}@control")
                 start(children.get(name))
 
-            bursts.run(order, lambda name: kill(children.get(name)), start_anew, wait_for_work)
+            def kill_it(name: str) -> None:
+                kill(children.get(name))
+
+            def wait_until_sent() -> None:
+                while_moving(lambda: bursts.is_sent(sent), lambda: len(sent), size.quiet_s, 0.05)
+
+            bursts.run(order, kill_it, start_anew, wait_for_work, wait_until_sent)
             sending.join()
             drain(results, len(bodies))
             seconds = round(time.monotonic() - began, 1)
@@ -181,7 +189,11 @@ def kill(child: Child | None) -> None:
 
 
 def send(
-    redis_url: str, bodies: list[dict[str, Any]], bursts: Bursts, stopped: threading.Event
+    redis_url: str,
+    bodies: list[dict[str, Any]],
+    bursts: Bursts,
+    sent: list[int],
+    stopped: threading.Event,
 ) -> None:
     """Publish every task, in the same bursts as ours."""
     app.conf.broker_url = redis_url
@@ -192,18 +204,21 @@ def send(
             if stopped.is_set():
                 return
             call.apply_async((number, body["input"]), producer=producer)
+            sent.append(number)
 
 
 def drain(results: "redis.Redis", count: int) -> None:
-    """Until every task has a result, or no more come."""
-    quiet_since = time.monotonic()
-    deadline = quiet_since + PATIENCE_S
-    while time.monotonic() < deadline and len(set(numbers(results))) < count:
-        if left(results):
-            quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since > QUIET_S:
+    """Until every task has a result, or nothing is in the broker any more, nor moved."""
+
+    def is_over() -> bool:
+        return len(set(numbers(results))) >= count
+
+    def progress() -> tuple[int, int]:
+        return len(numbers(results)), left(results)
+
+    for _ in range(ROUNDS):
+        if while_moving(is_over, progress, QUIET_S, 0.5) or not left(results):
             return
-        time.sleep(0.5)
 
 
 def left(results: "redis.Redis") -> int:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ import httpx
 from tests.acceptance.cluster import LANES, NAMES, Cluster, chat
 from tests.chaos import audit, control
 from tests.chaos.bursts import AT_WORK, WORK_S, Bursts, Size, victims
-from tests.chaos.submit import Submitter, until
+from tests.chaos.submit import Submitter, until, while_moving
 
 # Long enough to be hit, short enough for many: a kill finds calls under way and hints on the way.
 MODELS = (
@@ -42,7 +43,7 @@ FULL = Size(
     kill_after_s=(0.0, 0.15),
     down_s=(0.0, 0.5),
     up_s=(0.2, 1.2),
-    patience_s=180.0,
+    quiet_s=60.0,
 )
 SHORT = Size(
     tasks=1000,
@@ -51,7 +52,7 @@ SHORT = Size(
     kill_after_s=(0.0, 0.15),
     down_s=(0.0, 0.2),
     up_s=(0.0, 0.4),
-    patience_s=40.0,
+    quiet_s=60.0,
 )
 
 CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
@@ -135,17 +136,24 @@ def ours(
             taken = len(submitter.ids)
             until(lambda: is_at_work(cluster, name, len(submitter.ids) > taken), WORK_S, 0.02)
 
-        bursts.run(order, cluster.kill9, cluster.start, wait_for_work)
-        loop_s = round(time.monotonic() - began, 1)
+        def wait_until_sent() -> None:
+            sent = partial(bursts.is_sent, submitter.ids)
+            while_moving(sent, lambda: len(submitter.ids), size.quiet_s, 0.05)
+
+        def progress() -> tuple[int, int]:
+            return len(submitter.ids), audit.finished(cluster)
+
+        bursts.run(order, cluster.kill9, cluster.start, wait_for_work, wait_until_sent)
+        loop_s, sent_in_loop = round(time.monotonic() - began, 1), len(submitter.ids)
         cluster.start_all()
-        until(lambda: submitter.is_done, size.patience_s)
-        until(lambda: audit.finished(cluster) >= size.tasks, size.patience_s)
+        while_moving(lambda: progress() == (size.tasks, size.tasks), progress, size.quiet_s)
     seconds = round(time.monotonic() - began, 1)
     return {
         "submitted": {"answers": dict(submitter.answers), "changed": len(submitter.changed)},
         "ours": {
             **audit.figures(cluster, submitter.ids),
             "failed_otherwise": failed_otherwise(cluster),
+            "sent_in_loop": sent_in_loop,
             "kill_loop_s": loop_s,
             "seconds": seconds,
         },

@@ -116,3 +116,18 @@ def until(condition: Callable[[], Any], timeout_s: float, step_s: float = 0.2) -
             return False
         time.sleep(step_s)
     return True
+
+
+def while_moving(
+    condition: Callable[[], Any], measure: Callable[[], Any], quiet_s: float, step_s: float = 0.2
+) -> bool:
+    """Whether the condition came true, before `measure` stood still for so long: a slow machine
+    is no failure."""
+    last, since = measure(), time.monotonic()
+    while not condition():
+        if (now := measure()) != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > quiet_s:
+            return False
+        time.sleep(step_s)
+    return True

@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks import machine
 from tests.chaos import __main__ as chaos
-from tests.chaos import audit, kills
+from tests.chaos import audit, kills, submit
 from tests.chaos.bursts import Bursts, victims
 
 # status, attempts, cost, cost_state, owner, error, route, each after the id
@@ -76,7 +76,15 @@ def test_everything_is_a_victim():
     bursts = Bursts(kills.SHORT, seed=1)
     assert not bursts.may_send(0)
     bursts.begun = kills.SHORT.kills
+    assert not bursts.is_sent(range(kills.SHORT.tasks - 1))
+    assert bursts.is_sent(range(kills.SHORT.tasks))
     assert bursts.may_send(kills.SHORT.tasks - 1)
+
+
+def test_what_moves_is_waited_for():
+    steps = iter(range(10))
+    assert submit.while_moving(lambda: next(steps) == 9, lambda: next(steps), 0.0, 0.0)
+    assert not submit.while_moving(lambda: False, lambda: 1, 0.01, 0.001)
 
 
 def run(monkeypatch, tmp_path, name, figures):
