@@ -10,6 +10,8 @@ The model's name says what happens (a `claude-` before it changes nothing):
     cut                an answer that breaks off, its connection closed
     garbage            200, not JSON
     tool               calls the request's tool; answers once the last message is a result
+    script             makes the calls that the first user text lists, turn by turn (JSON like
+                       [[{"name": "f", "arguments": {}}], …]), then answers the last result
     long-<n>[-<rate>]  n tokens at that rate (per second, 200 where not given)
     no-usage           an answer without usage
     embed[-<dims>]     embeddings alone: vectors that depend on the text alone
@@ -167,7 +169,7 @@ def _wanted(request: Request, body: Mapping[str, Any]) -> answers.Behaviour:
     if (
         wanted is None
         or (wanted.kind == "embed" and not embeds)
-        or (wanted.kind in ("tool", "long") and embeds)
+        or (wanted.kind in ("tool", "script", "long") and embeds)
     ):
         if request.anthropic:
             raise Refused(404, f"model: {body['model']}")

@@ -22,11 +22,11 @@ WORD: Final = "word"  # four bytes: one token
 
 MODELS: Final = (
     "echo", "slow-500", "flaky-2", "error-500", "rate-limit-2", "cut", "garbage", "tool",
-    "long-200", "no-usage", "embed",
+    "script", "long-200", "no-usage", "embed",
 )  # fmt: skip
 
 _NAME: Final = re.compile(
-    r"(?:claude-)?(?:(echo|cut|garbage|tool|no-usage|embed)|(slow|flaky|error|rate-limit|embed)"
+    r"(?:claude-)?(?:(echo|cut|garbage|tool|script|no-usage|embed)|(slow|flaky|error|rate-limit|embed)"
     r"-(\d{1,7})|(long)-(\d{1,7})(?:-(\d{1,6}))?)"
 )
 
@@ -73,7 +73,10 @@ class Prompt:
     model: str
     stream: bool
     input_tokens: int
+    first_text: str
     last_text: str
+    # How often the model spoke already.
+    turn: int
     after_tool: bool
     tool: tuple[str, Mapping[str, Any]] | None
     schema: Mapping[str, Any] | None
@@ -84,13 +87,14 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Answer:
     text: str = ""
-    tool: tuple[str, str] | None = None
+    # Names and arguments (JSON) of what it calls.
+    tools: tuple[tuple[str, str], ...] = ()
     cut: bool = False
     input_tokens: int = 0
 
     @property
     def output_tokens(self) -> int:
-        return tokens("".join(self.tool) if self.tool else self.text)
+        return tokens("".join(map("".join, self.tools)) if self.tools else self.text)
 
 
 def read_prompt(body: Mapping[str, Any], anthropic: bool) -> Prompt:
@@ -115,7 +119,9 @@ def read_prompt(body: Mapping[str, Any], anthropic: bool) -> Prompt:
         model=body["model"],
         stream=body.get("stream") is True,
         input_tokens=tokens(system + "".join(texts)),
+        first_text=users[0] if users else "",
         last_text=users[-1] if users else "",
+        turn=sum(message.get("role") == "assistant" for message in messages),
         after_tool=_is_result(messages[-1]),
         tool=_tool(body, anthropic),
         schema=_schema(body, anthropic),
@@ -154,6 +160,19 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     )
 
 
+def _script(text: str) -> list[tuple[tuple[str, str], ...]]:
+    """The calls of each turn: JSON like `[[{"name": …, "arguments": {…}}], …]`. Text for arguments
+    is sent as it is."""
+    return [
+        tuple(
+            (call["name"], made if isinstance(made, str) else orjson.dumps(made).decode())
+            for call in turn
+            for made in [call.get("arguments", {})]
+        )
+        for turn in orjson.loads(text)
+    ]
+
+
 def _tool(body: Mapping[str, Any], anthropic: bool) -> tuple[str, Mapping[str, Any]] | None:
     """Name and schema of the tool to ask for: the one that is chosen, else the first."""
     choice = body.get("tool_choice")
@@ -185,7 +204,10 @@ def answer(prompt: Prompt, wanted: Behaviour) -> Answer:
     if wanted.kind == "tool" and prompt.tool is not None and not prompt.after_tool:
         name, schema = prompt.tool
         given_to_tool = minimal({"type": "object", **schema}, schema)
-        return Answer(tool=(name, orjson.dumps(given_to_tool).decode()), input_tokens=given)
+        call = (name, orjson.dumps(given_to_tool).decode())
+        return Answer(tools=(call,), input_tokens=given)
+    if wanted.kind == "script" and prompt.turn < len(script := _script(prompt.first_text)):
+        return Answer(tools=script[prompt.turn], input_tokens=given)
     if wanted.kind == "long":
         text = WORD * wanted.number
     elif prompt.schema is not None:

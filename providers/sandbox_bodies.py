@@ -29,11 +29,11 @@ class OpenAI:
         self.with_usage = usage
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.call_id = f"call_{uuid.uuid4().hex}"
+        self.call_ids = [f"call_{uuid.uuid4().hex}" for _ in reply.tools]
 
     @property
     def finish(self) -> str:
-        if self.reply.tool:
+        if self.reply.tools:
             return "tool_calls"
         return "length" if self.reply.cut else "stop"
 
@@ -47,15 +47,15 @@ class OpenAI:
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
-    def _call(self, arguments: str) -> dict[str, Any]:
-        name = self.reply.tool[0] if self.reply.tool else ""
-        function = {"name": name, "arguments": arguments}
-        return {"id": self.call_id, "type": "function", "function": function}
+    def _call(self, index: int, arguments: str) -> dict[str, Any]:
+        function = {"name": self.reply.tools[index][0], "arguments": arguments}
+        return {"id": self.call_ids[index], "type": "function", "function": function}
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self.reply.text or None}
-        if self.reply.tool:
-            message["tool_calls"] = [self._call(self.reply.tool[1])]
+        if self.reply.tools:
+            called = enumerate(self.reply.tools)
+            message["tool_calls"] = [self._call(index, given) for index, (_, given) in called]
         else:
             message["content"] = self.reply.text
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish}
@@ -78,16 +78,17 @@ class OpenAI:
         return event(None, self._shell("chat.completion.chunk", [choice]))
 
     def opening(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": None if self.reply.tool else ""})
+        return self._chunk({"role": "assistant", "content": None if self.reply.tools else ""})
 
     def deltas(self) -> Iterator[bytes]:
-        if self.reply.tool is None:
+        if not self.reply.tools:
             for piece in pieces(self.reply.text):
                 yield self._chunk({"content": piece})
-            return
-        yield self._chunk({"tool_calls": [{"index": 0, **self._call("")}]})
-        for piece in pieces(self.reply.tool[1]):
-            yield self._chunk({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+        for index, (_, arguments) in enumerate(self.reply.tools):
+            yield self._chunk({"tool_calls": [{"index": index, **self._call(index, "")}]})
+            for piece in pieces(arguments):
+                given = {"index": index, "function": {"arguments": piece}}
+                yield self._chunk({"tool_calls": [given]})
 
     def closing(self) -> bytes:
         end = self._chunk({}, self.finish)
@@ -104,11 +105,11 @@ class Anthropic:
         self.reply = reply
         self.with_usage = usage
         self.id = f"msg_{uuid.uuid4().hex}"
-        self.call_id = f"toolu_{uuid.uuid4().hex}"
+        self.call_ids = [f"toolu_{uuid.uuid4().hex}" for _ in reply.tools]
 
     @property
     def stop(self) -> str:
-        if self.reply.tool:
+        if self.reply.tools:
             return "tool_use"
         return "max_tokens" if self.reply.cut else "end_turn"
 
@@ -131,38 +132,48 @@ class Anthropic:
             }
         return body
 
+    def _blocks(self) -> list[tuple[dict[str, Any], str]]:
+        """Each content block, empty, and the text or JSON that fills it."""
+        if not self.reply.tools:
+            return [({"type": "text", "text": ""}, self.reply.text)]
+        shown = {"type": "tool_use", "input": {}}
+        return [
+            (shown | {"id": call_id, "name": name}, made)
+            for call_id, (name, made) in zip(self.call_ids, self.reply.tools, strict=True)
+        ]
+
+    def _start(self, index: int) -> bytes:
+        block = self._blocks()[index][0]
+        start = {"type": "content_block_start", "index": index, "content_block": block}
+        return event("content_block_start", start)
+
     def whole(self) -> dict[str, Any]:
-        block: dict[str, Any] = {"type": "text", "text": self.reply.text}
-        if self.reply.tool:
-            name, arguments = self.reply.tool
-            given = orjson.loads(arguments)
-            block = {"type": "tool_use", "id": self.call_id, "name": name, "input": given}
-        return self._message([block], self.stop, self.reply.output_tokens)
+        blocks = [
+            block | ({"text": made} if block["type"] == "text" else {"input": orjson.loads(made)})
+            for block, made in self._blocks()
+        ]
+        return self._message(blocks, self.stop, self.reply.output_tokens)
 
     def opening(self) -> bytes:
-        block: dict[str, Any] = {"type": "text", "text": ""}
-        if self.reply.tool:
-            name = self.reply.tool[0]
-            block = {"type": "tool_use", "id": self.call_id, "name": name, "input": {}}
         message = self._message([], None, 1)
         return (
             event("message_start", {"type": "message_start", "message": message})
-            + event(
-                "content_block_start",
-                {"type": "content_block_start", "index": 0, "content_block": block},
-            )
+            + self._start(0)
             + event("ping", {"type": "ping"})
         )
 
     def deltas(self) -> Iterator[bytes]:
-        kind, name, text = "text_delta", "text", self.reply.text
-        if self.reply.tool:
-            kind, name, text = "input_json_delta", "partial_json", self.reply.tool[1]
-        for piece in pieces(text):
-            delta = {"type": kind, name: piece}
-            yield event(
-                "content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}
-            )
+        for index, (block, made) in enumerate(self._blocks()):
+            if index:
+                yield self._start(index)
+            kind, name = ("text_delta", "text")
+            if block["type"] == "tool_use":
+                kind, name = ("input_json_delta", "partial_json")
+            for piece in pieces(made):
+                delta = {"type": kind, name: piece}
+                given = {"type": "content_block_delta", "index": index, "delta": delta}
+                yield event("content_block_delta", given)
+            yield event("content_block_stop", {"type": "content_block_stop", "index": index})
 
     def closing(self) -> bytes:
         last: dict[str, Any] = {
@@ -171,11 +182,7 @@ class Anthropic:
         }
         if self.with_usage:
             last["usage"] = {"output_tokens": self.reply.output_tokens}
-        return (
-            event("content_block_stop", {"type": "content_block_stop", "index": 0})
-            + event("message_delta", last)
-            + event("message_stop", {"type": "message_stop"})
-        )
+        return event("message_delta", last) + event("message_stop", {"type": "message_stop"})
 
 
 def event(name: str | None, data: Mapping[str, Any]) -> bytes:
