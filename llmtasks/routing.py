@@ -25,6 +25,8 @@ from providers.types import EmbeddingRequest, Request
 
 log = logging.getLogger(__name__)
 
+# Stands for a provider in the names of the queues of tools' tasks; no provider is called so.
+TOOLS = "tools"
 # A key in a file: longer ones are no key.
 MAX_CREDENTIAL_BYTES = 16_384
 
@@ -108,7 +110,7 @@ def read(version: int) -> Snapshot:
         )
         for row in rows_of.values()
     }
-    paused = dict(ProviderRow.objects.values_list("name", "is_paused"))
+    paused = {TOOLS: False} | dict(ProviderRow.objects.values_list("name", "is_paused"))
     return Snapshot(version=version, routes=routes, providers=paused)
 
 
@@ -190,7 +192,7 @@ def find(name: str, kind: str) -> Route:
             f"there is no model {name!r}: GET /v1/models lists those that you may use",
             param="model",
         )
-    if route.kind != kind:
+    if route.kind != (Kind.CHAT if kind == Kind.AGENT else kind):
         wanted = "/v1/embeddings" if route.kind == Kind.EMBEDDING else "/v1/chat/completions"
         raise InvalidInput(f"{name!r} is a model for {route.kind}: use {wanted}", param="model")
     if not route.candidates:

@@ -58,6 +58,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "llmtasks",
+    *env.csv("APPS", "", "Django apps of your own, whose `tools.py` holds tools"),
 ]
 
 MIDDLEWARE = [

@@ -36,7 +36,7 @@ Caller = tuple[str, str, UUID, UUID | None]
 class Rule:
     """A limit, as the script wants it. Selectors that are empty or None match every call."""
 
-    id: int
+    id: int | str
     name: str
     provider: str
     model: str
