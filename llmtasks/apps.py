@@ -8,3 +8,6 @@ class LLMTasksConfig(AppConfig):
     def ready(self) -> None:
         # Registers the system checks; refuses an unknown crash point at the start.
         from llmtasks import checks, crash  # noqa: F401
+        from llmtasks.tools.registry import discover
+
+        discover()

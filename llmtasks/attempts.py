@@ -22,7 +22,7 @@ from llmtasks.context import Context, Event
 from llmtasks.errors import Cancelled, ClientLeft, InternalError, Lost
 from llmtasks.guards import accounts, rate_limit
 from llmtasks.guards.rate_limit import Grant, Used
-from llmtasks.ledger import End, Outcome
+from llmtasks.ledger import End, Outcome, Turn
 from llmtasks.models import CostState, Mode, Status
 from llmtasks.routing import Candidate
 from providers import errors, vendor_limits
@@ -202,7 +202,12 @@ def success(context: Context, answer: AnyResponse) -> End:
     if not context.ends_task:
         return End(status=Status.RUNNING)
     body = bodies.dump_response(context.task.kind, answer)
-    return End(status=Status.SUCCEEDED, response=body)
+    if not context.is_turn:
+        return End(status=Status.SUCCEEDED, response=body)
+    turn = Turn(number=context.step, name=context.task.route, output=body)
+    if isinstance(answer, Response) and answer.tool_calls:
+        return End(status=Status.RUNNING, turn=turn)
+    return End(status=Status.SUCCEEDED, response=body, turn=turn)
 
 
 def failure(context: Context, error: Exception) -> End:

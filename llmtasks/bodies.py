@@ -3,6 +3,9 @@
 A later change of the vocabulary raises VERSION and teaches `load_*` to read the older ones.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -13,31 +16,78 @@ from providers.types import EmbeddingRequest, EmbeddingResponse, Request, Respon
 
 VERSION = 1
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRequest:
+    """A chat whose tools are ours, by reference (`name` or `name@version`), until the model
+    answers. At most `max_turns` calls of the model, `max_tokens` in all, `max_cost` dollars."""
+
+    chat: Request
+    tools: tuple[str, ...]
+    max_turns: int = 10
+    max_tokens: int | None = None
+    max_cost: Decimal | None = None
+
+    @property
+    def model(self) -> str:
+        return self.chat.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRequest:
+    """One run of a tool, `name@version`."""
+
+    tool: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        return self.tool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolAnswer:
+    """What a tool gave: JSON text, or a text as it is."""
+
+    content: str
+
+
+# What goes to a model and comes back, and what any task asks for and gives.
 AnyRequest = Request | EmbeddingRequest
 AnyResponse = Response | EmbeddingResponse
+TaskRequest = AnyRequest | AgentRequest | ToolRequest
+TaskAnswer = AnyResponse | ToolAnswer
 
 REQUESTS: dict[str, TypeAdapter[Any]] = {
     Kind.CHAT: TypeAdapter(Request),
     Kind.EMBEDDING: TypeAdapter(EmbeddingRequest),
+    Kind.AGENT: TypeAdapter(AgentRequest),
+    Kind.TOOL: TypeAdapter(ToolRequest),
 }
 RESPONSES: dict[str, TypeAdapter[Any]] = {
     Kind.CHAT: TypeAdapter(Response),
     Kind.EMBEDDING: TypeAdapter(EmbeddingResponse),
+    Kind.AGENT: TypeAdapter(Response),
+    Kind.TOOL: TypeAdapter(ToolAnswer),
 }
 
 
-def dump_request(kind: str, request: AnyRequest) -> bytes:
+def dump_request(kind: str, request: TaskRequest) -> bytes:
     """The request as JSON text."""
     return without_nul(REQUESTS[kind].dump_json(request, exclude_none=True))
 
 
-def dump_response(kind: str, response: AnyResponse) -> bytes:
+def dump_response(kind: str, response: TaskAnswer) -> bytes:
     return without_nul(RESPONSES[kind].dump_json(response, exclude_none=True))
 
 
 def dump(value: Any) -> bytes:
     """Any JSON value as text that Postgres stores."""
     return without_nul(orjson.dumps(value, default=dict))
+
+
+def loads(text: bytes) -> Any:
+    return orjson.loads(text)
 
 
 def without_nul(text: bytes) -> bytes:

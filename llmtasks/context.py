@@ -29,13 +29,15 @@ class Context:
     """What surrounds a call: its task, its deadline, and whether somebody dropped it.
 
     `ends_task`: the task succeeds or fails with this call (a chat), and is written so together
-    with the attempt. `streams`: deltas are wanted; `may_restart`: whoever gets them understands a
-    `Reset`. `client`: the caller's socket, watched for a hang-up.
+    with the attempt. `is_turn`: unless the model calls tools; its answer is kept as step number
+    `step`. `streams`: deltas are wanted; `may_restart`: whoever gets them understands a `Reset`.
+    `client`: the caller's socket, watched for a hang-up.
     """
 
     task: Task
     step: int = 0
     ends_task: bool = True
+    is_turn: bool = False
     streams: bool = False
     may_restart: bool = False
     client: socket | None = None

@@ -23,7 +23,7 @@ from django.conf import settings
 from django.db import OperationalError
 from kombu.exceptions import KombuError
 
-from llmtasks import crash, events, pulse, queues, stores
+from llmtasks import crash, events, pulse, queues, steps, stores
 from llmtasks.guards import rate_limit
 from llmtasks.guards.meters import Away
 from llmtasks.models import Lane, Status
@@ -49,6 +49,9 @@ SPARE = 16
 # A tenant whose own limits have no room is asked for again after this time.
 PARK_S = 0.5
 SWEEP_S = 1.0
+# Between two looks for blocked tasks whose children ended, and for all that have nothing open.
+WAKE_S = 0.05
+WAKE_ALL_S = 10.0
 # After a store failed.
 AWAY_S = 1.0
 
@@ -309,6 +312,8 @@ class Dispatcher:
     swept_at: float = float("-inf")
     # Postgres came back: nobody's lease counts as lapsed before this (monotonic).
     patient_until: float = float("-inf")
+    woke_at: float = float("-inf")
+    woke_all_at: float = float("-inf")
     turns: Turns = field(default_factory=Turns)
     # Rounds in a row that released nothing and were to be repeated soon.
     fruitless: int = 0
@@ -348,6 +353,7 @@ class Dispatcher:
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
             self.sweep()
+        self.wake_parents(now)
         released, is_soon = release(self.turns)
         self.fruitless = self.fruitless + 1 if is_soon and not released else 0
         if released >= MANY:
@@ -355,6 +361,16 @@ class Dispatcher:
         if self.fruitless:
             return min(BUSY_POLL_S * (1 + self.fruitless // 5), FULL_POLL_S)
         return BUSY_POLL_S if released else POLL_S
+
+    def wake_parents(self, now: float) -> None:
+        """Tasks whose last child ended; now and then whatever is blocked by nothing."""
+        if now - self.woke_at >= WAKE_S:
+            age_s = min(now - self.woke_at, WAKE_ALL_S) + WAKE_ALL_S / 4
+            self.woke_at = now
+            steps.wake_parents(age_s)
+        if now - self.woke_all_at >= WAKE_ALL_S:
+            self.woke_all_at = now
+            steps.wake()
 
     def lead(self) -> bool:
         """Take or renew the leader's lease; renewed each second."""

@@ -16,6 +16,8 @@ ApiError                    rendered by `api/errors.py`, in the shape of the doo
 TaskError                   how a task ended, beside the vendor's errors (`providers.errors`)
 ├── DeadlineExceeded        its one deadline passed
 ├── LimitReached            a rate limit leaves no room before the deadline: 429
+├── AgentStopped            an agent gave no answer within its caps: 422
+├── ToolFailed              a tool that was run by itself gave no result: 422
 ├── Interrupted             the process died or ended that ran it inline, or `on_unknown` is `fail`
 ├── Cancelled               somebody asked for it
 ├── ClientLeft              the caller hung up while it ran inline
@@ -139,6 +141,18 @@ class LimitReached(TaskError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class AgentStopped(TaskError):
+    """An agent gave no answer within its caps: turns, tokens, money or time."""
+
+    status = 422
+
+
+class ToolFailed(TaskError):
+    """A tool that was run by itself gave no result."""
+
+    status = 422
 
 
 class Interrupted(TaskError):

@@ -1,7 +1,7 @@
 """Running a task: claim → run its kind → finish. Inline, streamed and queued work alike."""
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from socket import socket
@@ -12,7 +12,7 @@ from django.conf import settings
 from django.db import IntegrityError, OperationalError
 
 from llmtasks import attempts, bodies, call, crash, events, ledger, pulse, queues, stores
-from llmtasks.bodies import AnyRequest, AnyResponse
+from llmtasks.bodies import TaskAnswer, TaskRequest
 from llmtasks.context import Context, Event, Reset
 from llmtasks.errors import (
     ApiError,
@@ -28,8 +28,9 @@ from llmtasks.errors import (
 )
 from llmtasks.guards.rate_limit import Meter
 from llmtasks.ledger import ClockTimestamp
-from llmtasks.models import FINAL, Mode, Status, Task
+from llmtasks.models import FINAL, Kind, Mode, Status, Task
 from llmtasks.telemetry import task_id_var
+from llmtasks.tools import alone, loop
 from providers.errors import ProviderError
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ class Outcome:
     task's `error_*` fields."""
 
     task: Task
-    response: AnyResponse | None
+    response: TaskAnswer | None
     warning: str = ""
     limits: tuple[Meter, ...] = ()
 
 
-def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None) -> Outcome:
+def run(task: Task, request: TaskRequest, *, client_socket: socket | None = None) -> Outcome:
     """Run an unsaved inline task to its end, in this thread.
 
     What went wrong with the work is in the outcome. Raises `ApiError`s for what keeps the work
@@ -57,7 +58,7 @@ def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None)
     response = None
     try:
         with told_to_caller():
-            response = call.complete(request, context)
+            response = whole(answer_of(request, context))
     except (ProviderError, TaskError, NoProvider, Lost) as error:
         conclude_inline(task, error)
     finally:
@@ -66,7 +67,7 @@ def run(task: Task, request: AnyRequest, *, client_socket: socket | None = None)
 
 
 def stream(
-    task: Task, request: AnyRequest, context: Context | None = None
+    task: Task, request: TaskRequest, context: Context | None = None
 ) -> Generator[Event | Outcome]:
     """As `run`, yielding the answer's deltas, then one `Outcome`. Closing the generator drops the
     call. No `Reset` comes: what went out over HTTP can't be taken back.
@@ -77,12 +78,41 @@ def stream(
     response = None
     try:
         with told_to_caller():
-            response = yield from call.stream(request, context)
+            response = yield from answer_of(request, context)
     except (ProviderError, TaskError, NoProvider, Lost) as error:
         conclude_inline(task, error)
     finally:
         stores.release()
     yield Outcome(task, response, context.warning, context.own_limits)
+
+
+# What runs each kind of task: yields its deltas, returns its answer.
+RUNNERS: dict[str, Callable[..., Generator[Event, None, Any]]] = {
+    Kind.CHAT: call.stream,
+    Kind.EMBEDDING: call.stream,
+    Kind.AGENT: loop.stream,
+    Kind.TOOL: alone.stream,
+}
+
+
+def answer_of(request: TaskRequest, context: Context) -> Generator[Event, None, TaskAnswer]:
+    """Run the task's kind. A task that no call of a model ended is ended here."""
+    task = context.task
+    if task._state.adding and task.kind == Kind.TOOL:
+        ledger.insert_running(task)
+    answer: TaskAnswer = yield from RUNNERS[task.kind](request, context)
+    if task.status == Status.RUNNING and not context.warning:
+        body = bodies.dump_response(task.kind, answer)
+        ledger.end_running(task, ledger.End(status=Status.SUCCEEDED, response=body))
+    return answer
+
+
+def whole(events_: Generator[Event, None, TaskAnswer]) -> TaskAnswer:
+    while True:
+        try:
+            next(events_)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
 
 
 def inline_context(task: Task, *, streams: bool = False, client: socket | None = None) -> Context:
@@ -179,7 +209,7 @@ def perform(task: Task, stored: Any) -> None:
     try:
         request = bodies.load_request(task.kind, stored)
         context = Context(task, streams=task.streams, may_restart=True)
-        publish_deltas(context, call.stream(request, context))
+        publish_deltas(context, answer_of(request, context))
     except Snooze:
         pass
     except Lost:
@@ -224,6 +254,8 @@ def tell(task: Task) -> None:
     """The task's new state, to whoever watches."""
     name = "done" if task.status in FINAL else "state"
     events.publish(task.id, name, {"status": task.status})
+    if task.parent_id is not None and task.status in FINAL:
+        queues.wake()
 
 
 IDLE = (Status.WAITING, Status.QUEUED, Status.BLOCKED)

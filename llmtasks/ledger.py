@@ -64,11 +64,21 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A model's answer as a step of its task, written with the attempt that gave it."""
+
+    number: int
+    name: str
+    output: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """What becomes of the task: a final status, or `waiting` again after `wait_s` seconds."""
 
     status: str
     response: bytes | None = None
+    turn: Turn | None = None
     error_class: str = ""
     error_message: str = ""
     error_status: int | None = None
@@ -215,7 +225,7 @@ COUNTED = (
 )  # fmt: skip
 # The task's row is locked before the attempt's, as everywhere. A cancel that came too late to
 # drop the call ends a task that would wait for its next.
-FINISH = f"""
+FINISH_START = f"""
 WITH mine AS (
     SELECT id, CASE WHEN %(status)s::text = 'waiting' AND cancel_requested_at IS NOT NULL
                     THEN 'cancelled' ELSE %(status)s::text END AS status
@@ -228,7 +238,17 @@ WITH mine AS (
 ), p AS (
     UPDATE llmtasks_taskpayload SET response = %(response)s::text::jsonb
     WHERE %(response)s::text IS NOT NULL AND task_id IN (SELECT task_id FROM a)
-)
+)"""
+INSERT_TURN = """, s AS (
+    INSERT INTO llmtasks_step (
+        id, task_id, tenant_id, number, kind, name, status, output, error_class, call_id,
+        started_at, finished_at, decided_by, comment
+    )
+    SELECT %(attempt)s, a.task_id, %(tenant)s, %(turn)s::int, 'model', %(turn_name)s, 'done',
+        %(turn_output)s::text::jsonb, '', '', clock_timestamp(), clock_timestamp(), '', '' FROM a
+    ON CONFLICT (task_id, number) DO NOTHING
+)"""
+FINISH_END = """
 UPDATE llmtasks_task t SET
     input_tokens = input_tokens + %(input)s,
     cached_input_tokens = cached_input_tokens + %(cached)s,
@@ -255,6 +275,8 @@ UPDATE llmtasks_task t SET
 FROM a, mine WHERE t.id = a.task_id AND mine.id = t.id
 RETURNING t.status, {", ".join(f"t.{name}" for name in COUNTED)}
 """
+FINISH = FINISH_START + FINISH_END
+FINISH_TURN = FINISH_START + INSERT_TURN + FINISH_END
 
 
 def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
@@ -265,8 +287,17 @@ def finish(task: Task, attempt_id: UUID, outcome: Outcome, end: End) -> None:
     """
     values = outcome_values(attempt_id, outcome) | end_values(task, end)
     forget = task.key_row is not None and end.error_class in FORGETTABLE
+    sql = FINISH
+    if end.turn is not None:
+        sql = FINISH_TURN
+        values |= {
+            "tenant": task.tenant_id,
+            "turn": end.turn.number,
+            "turn_name": end.turn.name,
+            "turn_output": end.turn.output.decode(),
+        }
     with transaction.atomic() if forget else nullcontext():
-        rows = fetch(FINISH, values, prepare=True)
+        rows = fetch(sql, values, prepare=True)
         if rows and forget:
             IdempotencyKey.objects.filter(task_id=task.id).delete()
     if not rows:
@@ -400,6 +431,20 @@ def write_ended(task: Task, end: End) -> None:
     task._state.adding = False
 
 
+def insert_running(task: Task) -> None:
+    """Write an inline task that begins without an attempt. Raises `IntegrityError` where its
+    Idempotency-Key was taken meanwhile."""
+    task.started_at = pulse.now()
+    with transaction.atomic():
+        Task.objects.bulk_create([task])
+        TaskPayload.objects.bulk_create(
+            [TaskPayload(task_id=task.id, version=bodies.VERSION, request=orjson.loads(task.body))]
+        )
+        if task.key_row is not None:
+            task.key_row.save(force_insert=True)
+    task._state.adding = False
+
+
 def move(
     task_id: UUID,
     leaving: Sequence[str],
@@ -425,6 +470,14 @@ def move(
 
 def end_running(task: Task, end: End) -> None:
     """Change a task of ours that has no attempt to settle. Raises `Lost`."""
+    with transaction.atomic():
+        if end.response is not None:
+            found = TaskPayload.objects.filter(task_id=task.id)
+            found.update(response=orjson.loads(end.response))
+        move_running(task, end)
+
+
+def move_running(task: Task, end: End) -> None:
     # A task whose cancel was asked for does not go back to waiting.
     unless = {"cancel_requested_at": None} if end.status == Status.WAITING else {}
     for chosen, where in ((end, unless), (CANCELLED, {})):
@@ -436,7 +489,7 @@ def end_running(task: Task, end: End) -> None:
         raise Lost
     put_end(task, chosen)
     if chosen.status in FINAL:
-        task.finished_at = pulse.now()
+        task.finished_at = Task.objects.values_list("finished_at", flat=True).get(id=task.id)
     if task.key_row is not None and chosen.error_class in FORGETTABLE:
         IdempotencyKey.objects.filter(task_id=task.id).delete()
 

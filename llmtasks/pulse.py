@@ -104,7 +104,8 @@ class Pulse:
     pid: int = field(default_factory=os.getpid)
     id: UUID = field(default_factory=uuid7)
     queues: list[str] = field(default_factory=list)
-    calls: dict[UUID, Call] = field(default_factory=dict)
+    # A task may have several: an agent, and the call of its turn.
+    calls: dict[UUID, tuple[Call, ...]] = field(default_factory=dict)
     suspects: set[UUID] = field(default_factory=set)
     looked_for_orphans_at: float = float("-inf")
     version: int = 0
@@ -175,7 +176,7 @@ class Pulse:
         self.read_at = before
         self.is_away = False
         for task_id in cancelled:
-            if call := self.calls.get(task_id):
+            for call in self.calls.get(task_id, ()):
                 call.drop("cancel")
 
     def disown_orphans(self, now: float) -> None:
@@ -217,11 +218,14 @@ class Pulse:
         log.error("the lease lapsed: dropping calls", extra={"calls": len(self.calls)})
         self.is_registered = False
         self.id = uuid7()
-        for call in list(self.calls.values()):
+        for call in self.under_way():
             call.drop("lease")
 
+    def under_way(self) -> list[Call]:
+        return [call for calls in list(self.calls.values()) for call in calls]
+
     def look_for_clients_that_left(self) -> None:
-        for call in list(self.calls.values()):
+        for call in self.under_way():
             if call.client is not None and has_left(call.client):
                 call.drop("client")
 
@@ -250,6 +254,7 @@ def has_left(client: socket.socket) -> bool:
 
 _pulse: Pulse | None = None
 _start_lock = threading.Lock()
+_watch_lock = threading.Lock()
 
 
 def start(role: str = Worker.Role.WEB, lane: str = "", slots: int = 0) -> Pulse:
@@ -291,7 +296,7 @@ def drain() -> None:
     if pulse.calls:
         log.warning("the grace time is over: dropping calls", extra={"calls": len(pulse.calls)})
     while not pulse.stopped.wait(DRAIN_LOOK_S):
-        for call in list(pulse.calls.values()):
+        for call in pulse.under_way():
             call.drop("drain")
 
 
@@ -358,12 +363,18 @@ def watch(
     `owner` is the id under which the task was taken: one that lapsed meanwhile is told at once.
     """
     pulse = start()
-    mine = pulse.calls[task_id] = Call(drop, client)
+    mine = Call(drop, client)
+    with _watch_lock:
+        pulse.calls[task_id] = (*pulse.calls.get(task_id, ()), mine)
     if owner is not None and owner != pulse.id:
         drop("lease")
     try:
         yield
     finally:
-        # A settlement that goes on in another thread watches the same task by now.
-        if pulse.calls.get(task_id) is mine:
-            del pulse.calls[task_id]
+        # A settlement that goes on in another thread may watch the same task.
+        with _watch_lock:
+            others = tuple(call for call in pulse.calls.get(task_id, ()) if call is not mine)
+            if others:
+                pulse.calls[task_id] = others
+            else:
+                pulse.calls.pop(task_id, None)

@@ -18,7 +18,7 @@ from llmtasks import pulse, routing
 from llmtasks.guards import outlooks, rate_limit
 from llmtasks.guards.meters import Away
 from llmtasks.guards.outlooks import Outlook
-from llmtasks.models import Lane
+from llmtasks.models import Kind, Lane
 from llmtasks.submit import Work
 
 # The threads of this web process, where it is one that serves with threads.
@@ -46,7 +46,8 @@ _looks: dict[Any, Look] = {}
 def runs_inline(work: Work, wait_s: float) -> bool:
     """Whether work in mode `auto`, whose caller waits so long, runs in this request. Raises
     `InvalidInput` for a model that is none, `django.db.Error`s."""
-    is_for_now = work.run_at is None and work.lane != Lane.BULK and not work.stream
+    is_a_call = work.kind in (Kind.CHAT, Kind.EMBEDDING)
+    is_for_now = is_a_call and work.run_at is None and work.lane != Lane.BULK and not work.stream
     if not is_for_now or wait_s <= 0 or is_busy():
         return False
     route = routing.find(work.request.model, work.kind)

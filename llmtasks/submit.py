@@ -142,13 +142,11 @@ def save(tasks: Sequence[Task]) -> None:
 
 def make(work: Work, mode: str) -> Task:
     """The unsaved task, checked."""
-    route = routing.find(work.request.model, work.kind)
-    candidates = routing.supporting(route, work.request)
+    route, provider = place_of(work)
     now = pulse.now()
     start = max(now, work.run_at or now)
     if start - now > MAX_AHEAD:
         raise InvalidInput("run_at is more than a year ahead", param="run_at")
-    chosen = next((c for c in candidates if c.is_usable), candidates[0])
     task = Task(
         id=uuid7(),
         tenant_id=work.tenant_id,
@@ -157,8 +155,8 @@ def make(work: Work, mode: str) -> Task:
         mode=mode,
         lane=work.lane,
         status=Status.RUNNING if mode == Mode.INLINE else Status.WAITING,
-        route=route.name,
-        provider=chosen.provider,
+        route=route,
+        provider=provider,
         user=work.user,
         metadata=work.metadata,
         request_id=work.request_id,
@@ -176,8 +174,19 @@ def make(work: Work, mode: str) -> Task:
     return task
 
 
+def place_of(work: Work) -> tuple[str, str]:
+    """The route, and the provider whose queue it goes to; a tool's task has its own."""
+    if work.kind == Kind.TOOL:
+        return work.request.tool, routing.TOOLS
+    request = work.request.chat if work.kind == Kind.AGENT else work.request
+    route = routing.find(work.request.model, work.kind)
+    candidates = routing.supporting(route, request)
+    chosen = next((c for c in candidates if c.is_usable), candidates[0])
+    return route.name, chosen.provider
+
+
 def wants_deltas(work: Work) -> bool:
-    if work.kind != Kind.CHAT:
+    if work.kind not in (Kind.CHAT, Kind.AGENT):
         return False
     return work.lane != Lane.BULK if work.stream is None else work.stream
 

@@ -45,14 +45,15 @@ UPDATE llmtasks_task t SET
     status = CASE
         WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
         WHEN mode = 'inline' THEN 'failed'
-        WHEN on_unknown = 'fail' AND t.id IN (SELECT task_id FROM unknown) THEN 'failed'
+        WHEN on_unknown = 'fail' AND (t.kind = 'tool' OR t.id IN (SELECT task_id FROM unknown))
+            THEN 'failed'
         ELSE 'waiting' END,
     error_class = CASE WHEN cancel_requested_at IS NOT NULL THEN 'Cancelled' ELSE 'Interrupted' END,
     error_message = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled on request'
         ELSE 'the process that ran it died' END,
     owner_id = NULL, not_before = clock_timestamp(),
     finished_at = CASE WHEN cancel_requested_at IS NOT NULL OR mode = 'inline'
-        OR (on_unknown = 'fail' AND t.id IN (SELECT task_id FROM unknown))
+        OR (on_unknown = 'fail' AND (t.kind = 'tool' OR t.id IN (SELECT task_id FROM unknown)))
         THEN clock_timestamp() END
 FROM gone WHERE t.id = gone.id
 RETURNING t.id, t.status, t.mode, t.id IN (SELECT task_id FROM unknown)

@@ -32,7 +32,7 @@ from llmtasks.telemetry import request_id_var
 logger = logging.getLogger(__name__)
 
 API = "/v1/"
-NATIVE = ("/v1/tasks", "/v1/providers")
+NATIVE = ("/v1/tasks", "/v1/tools", "/v1/providers")
 NOTHING_HERE = "There is nothing here; /v1/docs lists what there is."
 FAULT = "Internal error; the log has it as {}."
 POSTGRES_AWAY = (
@@ -68,6 +68,8 @@ ENDINGS = {
     "Unsupported": Told(400, "unsupported_parameter"),
     "DeadlineExceeded": Told(504, "deadline_exceeded"),
     "LimitReached": Told(429, "rate_limit_exceeded"),
+    "AgentStopped": Told(422, "agent_stopped"),
+    "ToolFailed": Told(422, "tool_failed"),
     "Interrupted": Told(503, "interrupted"),
     "Cancelled": Told(409, "cancelled"),
     "ClientLeft": Told(499, "client_left"),

@@ -1,9 +1,10 @@
-"""The tables: who asks (tenancy), what is configured (config), what may be used (limits), work,
-money."""
+"""The tables: who asks (tenancy), what is configured (config), what may be used (limits), work
+and its steps, money."""
 
 from llmtasks.models.config import Config, Provider, ProviderModel, Route, RouteCandidate
 from llmtasks.models.limits import WINDOWS, Limit, ProviderEvent
 from llmtasks.models.money import Adjustment, Attempt, CostState, Price
+from llmtasks.models.steps import Step
 from llmtasks.models.tenancy import ApiKey, Scope, Tenant
 from llmtasks.models.work import (
     FINAL,
@@ -40,6 +41,7 @@ __all__ = [
     "RouteCandidate",
     "Scope",
     "Status",
+    "Step",
     "Task",
     "TaskPayload",
     "Tenant",

@@ -19,6 +19,7 @@ class Scope(models.TextChoices):
 
     WRITE = "write", "create and cancel work"
     READ = "read", "read tasks, models and usage"
+    TOOLS = "tools", "use tools and agents"
 
 
 def all_scopes() -> list[str]:

@@ -4,6 +4,7 @@ A task's columns of configuration are names, not foreign keys: history outlives 
 and an insert on the hot path takes no lock on a shared row.
 """
 
+from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models import Q
 from django.db.models.functions import Now
@@ -17,6 +18,8 @@ class Kind(models.TextChoices):
 
     CHAT = "chat", "chat"
     EMBEDDING = "embedding", "embedding"
+    TOOL = "tool", "tool"
+    AGENT = "agent", "agent"
 
 
 class Mode(models.TextChoices):
@@ -139,6 +142,8 @@ class Task(models.Model):
     retry_after = models.FloatField(null=True, blank=True)
 
     parent_id = models.UUIDField(null=True, blank=True)
+    # While blocked: the children whose end it waits for.
+    waits_for = ArrayField(models.UUIDField(), null=True, blank=True, editable=False)
     retry_of = models.UUIDField(null=True, blank=True)
 
     # What an unsaved task carries until it is written: the request as JSON text, and the row of
@@ -174,6 +179,17 @@ class Task(models.Model):
                 fields=("tenant", "user", "id"), name="task_by_user", condition=~Q(user="")
             ),
             models.Index(fields=("status", "id"), name="task_all_by_status"),
+            models.Index(
+                fields=("parent_id", "id"),
+                name="task_children",
+                condition=Q(parent_id__isnull=False),
+            ),
+            # Whose parents may have to be woken.
+            models.Index(
+                fields=("finished_at",),
+                name="task_child_ended",
+                condition=Q(parent_id__isnull=False, finished_at__isnull=False),
+            ),
         )
 
     def __str__(self) -> str:

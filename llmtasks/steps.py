@@ -1,0 +1,148 @@
+"""Steps of a task: written down before they are done and after, under the task's fence, so that
+a process that lost the task writes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from django.db import transaction
+
+from llmtasks import bodies, queues
+from llmtasks.errors import Lost, Snooze
+from llmtasks.ledger import ClockTimestamp
+from llmtasks.models import FINAL, Status, Step, Task, TaskPayload
+from llmtasks.stores import fetch
+
+UNDECIDED = (Step.Status.APPROVAL, Step.Status.UNKNOWN)
+
+# Where something is still open: else whoever ended it last would have nobody to wake.
+BLOCK = """
+UPDATE llmtasks_task t SET
+    status = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
+                  WHEN EXISTS (
+                      SELECT 1 FROM llmtasks_step s WHERE s.task_id = t.id
+                          AND s.status IN ('approval', 'unknown')
+                  ) OR EXISTS (
+                      SELECT 1 FROM llmtasks_task c WHERE c.id = ANY(%(children)s)
+                          AND c.status NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+                  ) THEN 'blocked' ELSE 'waiting' END,
+    finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
+    owner_id = NULL, not_before = clock_timestamp(), waits_for = %(children)s
+WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s
+RETURNING status
+"""
+
+# Level-triggered: whatever ended a child, and however often this is asked.
+WAKE = """
+WITH free AS (
+    SELECT id FROM llmtasks_task t
+    WHERE status = 'blocked' AND (%(ids)s::uuid[] IS NULL OR id = ANY(%(ids)s))
+        AND NOT EXISTS (
+            SELECT 1 FROM llmtasks_step s WHERE s.task_id = t.id
+                AND s.status IN ('approval', 'unknown'))
+        AND NOT EXISTS (
+            SELECT 1 FROM llmtasks_task c WHERE c.id = ANY(t.waits_for)
+                AND c.status NOT IN ('succeeded', 'failed', 'cancelled', 'expired'))
+    ORDER BY id LIMIT 1000 FOR UPDATE SKIP LOCKED
+)
+UPDATE llmtasks_task t SET status = 'waiting', not_before = clock_timestamp()
+FROM free WHERE t.id = free.id AND t.status = 'blocked' RETURNING t.id
+"""
+
+# Parents of children that ended lately, and now and then all that are blocked.
+PARENTS = """
+SELECT DISTINCT parent_id FROM llmtasks_task
+WHERE parent_id IS NOT NULL AND finished_at > clock_timestamp() - make_interval(secs => %(age)s)
+"""
+
+
+def of(task_id: UUID) -> list[Step]:
+    """The task's steps in order."""
+    return list(Step.objects.filter(task_id=task_id).order_by("number"))
+
+
+def hold(task: Task) -> None:
+    """Within a transaction: nobody takes the task before its end. Raises `Lost`."""
+    mine = Task.objects.select_for_update().filter(
+        id=task.id, status=Status.RUNNING, fence=task.fence
+    )
+    if not mine.values_list("id", flat=True):
+        raise Lost
+
+
+def begin(task: Task, rows: Sequence[Step], children: Sequence[Task] = ()) -> None:
+    """Write steps, and the child tasks that they become, all or none. Raises `Lost`."""
+    if not rows:
+        return
+    with transaction.atomic():
+        hold(task)
+        Step.objects.bulk_create(rows)
+        Task.objects.bulk_create(children)
+        TaskPayload.objects.bulk_create(
+            TaskPayload(task_id=child.id, version=bodies.VERSION, request=bodies.loads(child.body))
+            for child in children
+        )
+    if children:
+        queues.wake()
+
+
+def change(task: Task, step: Step, status: str, **fields: Any) -> None:
+    """Write how a step goes on. Raises `Lost`."""
+    if status in (Step.Status.DONE, Step.Status.FAILED):
+        fields["finished_at"] = ClockTimestamp()
+    with transaction.atomic():
+        hold(task)
+        Step.objects.filter(id=step.id).update(status=status, **fields)
+    step.status = status
+    for name, value in fields.items():
+        setattr(step, name, value)
+
+
+def block(task: Task, children: Sequence[UUID]) -> None:
+    """Let go of the task until its children have ended and people have decided. Raises `Lost`;
+    `Snooze` once it is written."""
+    rows = fetch(BLOCK, {"task": task.id, "fence": task.fence, "children": sorted(children)})
+    if not rows:
+        raise Lost
+    task.status = rows[0][0]
+    queues.wake()
+    raise Snooze(0.0)
+
+
+def wake(ids: Sequence[UUID] | None = None) -> list[UUID]:
+    """Put blocked tasks that have nothing open any more back to waiting; which."""
+    return [task_id for (task_id,) in fetch(WAKE, {"ids": None if ids is None else list(ids)})]
+
+
+def wake_parents(age_s: float) -> list[UUID]:
+    """As `wake`, for the parents of children that ended in the last seconds."""
+    parents = [parent for (parent,) in fetch(PARENTS, {"age": age_s})]
+    return wake(parents) if parents else []
+
+
+def decide(step_id: UUID, tenant_id: UUID, *, run: bool, by: str, comment: str) -> Step | None:
+    """A person's word on a step that waits for one: run it, or tell the model that it was refused.
+    None where it waits for nobody (any more)."""
+    found = Step.objects.filter(id=step_id, tenant_id=tenant_id, status__in=UNDECIDED)
+    refused = {
+        "status": Step.Status.FAILED, "error_class": "Refused", "finished_at": ClockTimestamp(),
+        "output": {"content": f"a person refused this call{': ' + comment if comment else ''}"},
+    }  # fmt: skip
+    changes: dict[str, Any] = {"status": Step.Status.APPROVED} if run else refused
+    if not found.update(decided_by=by, comment=comment, **changes):
+        return None
+    step = Step.objects.get(id=step_id)
+    wake([step.task_id])
+    queues.wake()
+    return step
+
+
+def children_of(task: Task, ids: Sequence[UUID]) -> dict[UUID, Task]:
+    """The task's own children among these, with their answers."""
+    rows = Task.objects.select_related("payload").filter(id__in=ids, parent_id=task.id)
+    return {row.id: row for row in rows}
+
+
+def is_final(child: Task) -> bool:
+    return child.status in FINAL
