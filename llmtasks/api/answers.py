@@ -12,7 +12,7 @@ import orjson
 from django.http import HttpResponse
 
 from llmtasks import bodies
-from llmtasks.models import Kind, Task, TaskPayload
+from llmtasks.models import Kind, Step, Task, TaskPayload
 from providers.types import (
     EmbeddingResponse,
     Refusal,
@@ -155,7 +155,30 @@ def packed(vector: tuple[float, ...]) -> str:
 
 def output_of(task: Task, response: Any) -> dict[str, Any]:
     """The answer's body of a task of any kind."""
-    return completion(task, response) if task.kind == Kind.CHAT else embeddings(task, response)
+    if task.kind == Kind.TOOL:
+        return {"tool": task.route, "content": response.content}
+    if task.kind == Kind.EMBEDDING:
+        return embeddings(task, response)
+    return completion(task, response)
+
+
+def step(row: Step) -> dict[str, Any]:
+    """A step as GET /v1/tasks/{id}/steps shows it."""
+    content = (row.output or {}).get("content") if row.kind != Step.Kind.MODEL else None
+    return {
+        "number": row.number,
+        "kind": row.kind,
+        "name": row.name,
+        "status": row.status,
+        "arguments": row.input,
+        "content": content,
+        "error": row.error_class or None,
+        "task": None if row.child_id is None else str(row.child_id),
+        "started_at": moment(row.started_at),
+        "finished_at": moment(row.finished_at),
+        "decided_by": row.decided_by or None,
+        "comment": row.comment or None,
+    }
 
 
 # --- Chunks of a stream -----------------------------------------------------------------------

@@ -208,17 +208,23 @@ class ChatInput(Body):
             raise at("stream_options", "this goes with stream: true only")
         if self.top_logprobs is not None and not self.logprobs:
             raise at("top_logprobs", "this needs logprobs: true")
-        names = {tool.function.name for tool in self.tools or ()}
-        if isinstance(self.tool_choice, dict) and self.tool_choice["name"] not in names:
+        chosen = self.tool_choice
+        if isinstance(chosen, dict) and chosen["name"] not in self.function_names():
             raise at("tool_choice", "this names a function that is not among the tools")
         return self
+
+    def function_names(self) -> set[str]:
+        return {tool.function.name for tool in self.tools or ()}
+
+    def specs(self) -> tuple[ToolSpec, ...]:
+        return tuple(tool.spec() for tool in self.tools or ())
 
     def request(self) -> Request:
         extra = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
         return Request(
             model=self.model,
             messages=tuple(message.message() for message in self.messages),
-            tools=tuple(tool.spec() for tool in self.tools or ()),
+            tools=self.specs(),
             tool_choice=self.tool_choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=self.response_format.format() if self.response_format else None,

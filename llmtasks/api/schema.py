@@ -9,7 +9,15 @@ from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from llmtasks.api import shapes
 from llmtasks.api.bodies_chat import ChatBody
 from llmtasks.api.bodies_embeddings import EmbeddingBody
-from llmtasks.api.bodies_tasks import BulkBody, NewChatTask, NewEmbeddingTask
+from llmtasks.api.bodies_tasks import (
+    BulkBody,
+    Decision,
+    Invocation,
+    NewAgentTask,
+    NewChatTask,
+    NewEmbeddingTask,
+    NewToolTask,
+)
 
 PROBLEM = "application/problem+json"
 STREAM = "text/event-stream"
@@ -158,7 +166,12 @@ create_task = extend_schema(
     " status.",
     tags=["Tasks"],
     parameters=[KEY, PREFER],
-    request={"application/json": NewChatTask, "application/vnd.embedding+json": NewEmbeddingTask},
+    request={
+        "application/json": NewChatTask,
+        "application/vnd.embedding+json": NewEmbeddingTask,
+        "application/vnd.agent+json": NewAgentTask,
+        "application/vnd.tool+json": NewToolTask,
+    },
     responses={
         200: told(shapes.Task, "Final, or run inline."),
         202: ACCEPTED,
@@ -245,4 +258,37 @@ watch_task = extend_schema(
         204: told(None, "The end was seen already."),
         **problems(401, 404, 503),
     },
+)
+tools = extend_schema(
+    operation_id="tools",
+    summary="The tools that may be used",
+    description="Every version of each, with the JSON schema of its arguments.",
+    tags=["Tools"],
+    responses={200: told(shapes.ToolPage, "The tools."), **problems(401, 403, 503)},
+)
+invoke_tool = extend_schema(
+    operation_id="invoke_tool",
+    summary="Run a tool",
+    description="A critical one runs in this request; any other is queued: 202.",
+    tags=["Tools"],
+    parameters=[KEY, PREFER],
+    request={"application/json": Invocation},
+    responses={
+        200: told(shapes.Task, "It ran: look at the task's status."),
+        202: ACCEPTED,
+        **problems(*CREATING, 404),
+    },
+)
+task_steps = extend_schema(
+    operation_id="task_steps",
+    summary="What an agent did, step by step",
+    tags=["Tasks"],
+    responses={200: told(shapes.StepPage, "The steps in order."), **problems(*READING)},
+)
+decide_step = extend_schema(
+    operation_id="decide_step",
+    summary="Approve or refuse a step that waits for a person",
+    tags=["Tasks"],
+    request={"application/json": Decision},
+    responses={200: told(shapes.StepShape, "The step."), **problems(*READING, 409)},
 )

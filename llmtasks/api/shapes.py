@@ -57,7 +57,7 @@ class TaskSummary(BaseModel):
 
     id: str
     object: Literal["task"]
-    kind: Literal["chat", "embedding"]
+    kind: Literal["chat", "embedding", "tool", "agent"]
     status: Literal[
         "waiting", "queued", "running", "blocked", "succeeded", "failed", "cancelled", "expired"
     ]
@@ -179,6 +179,47 @@ class ProviderPage(BaseModel):
     object: Literal["list"]
     data: list[ProviderShape]
     sees: SeenShape
+
+
+class ToolShape(BaseModel):
+    object: Literal["tool"]
+    name: str
+    version: int
+    reference: str
+    description: str
+    parameters: dict[str, Any]
+    critical: bool
+    idempotent: bool
+    needs_approval: bool
+    timeout_s: float
+
+
+class ToolPage(BaseModel):
+    object: Literal["list"]
+    data: list[ToolShape]
+
+
+class StepShape(BaseModel):
+    """One thing that an agent did. `arguments` and `content` are a tool's, `task` is what a call in
+    the background became."""
+
+    number: int
+    kind: Literal["model", "tool", "wait"]
+    name: str
+    status: Literal["running", "open", "approval", "approved", "done", "failed", "unknown"]
+    arguments: dict[str, Any] | None
+    content: str | None
+    error: str | None
+    task: str | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    decided_by: str | None
+    comment: str | None
+
+
+class StepPage(BaseModel):
+    object: Literal["list"]
+    data: list[StepShape]
 
 
 class ModelShape(BaseModel):

@@ -11,7 +11,14 @@ from rest_framework.request import Request
 
 from llmtasks import execute, pulse, sla, submit
 from llmtasks.api import answers, auth, bodies, schema
-from llmtasks.api.bodies_tasks import BULK, TASK, NewChatTask, NewEmbeddingTask
+from llmtasks.api.bodies_tasks import (
+    BULK,
+    TASK,
+    NewAgentTask,
+    NewChatTask,
+    NewEmbeddingTask,
+    NewToolTask,
+)
 from llmtasks.api.doors import (
     ApiView,
     Preferences,
@@ -29,13 +36,14 @@ from llmtasks.api.errors import problem
 from llmtasks.api.listing import tasks_of
 from llmtasks.api.openai import NOT_STREAMED, socket_of, tell_outcome
 from llmtasks.api.streaming import stream_events
+from llmtasks.api.tools import check_work
 from llmtasks.api.waiting import accepted, load, tell_preferences, url_of, watched
 from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused
 from llmtasks.execute import Outcome
 from llmtasks.models import FINAL, IdempotencyKey, Mode, Scope, Status, Task
 from llmtasks.submit import Idempotency, Work
 
-AnyNewTask = NewChatTask | NewEmbeddingTask
+AnyNewTask = NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask
 BULK_ENDPOINT = "/v1/tasks/bulk"
 
 
@@ -178,10 +186,10 @@ def work_for(principal: auth.Principal, body: AnyNewTask, idempotency: Idempoten
     return work_of(
         principal,
         body.kind,
-        given.request(),
+        check_work(principal, given.request()),
         body,
-        metadata=given.metadata if body.metadata is None else body.metadata,
-        user=given.user if body.user is None else body.user,
+        metadata=getattr(given, "metadata", None) if body.metadata is None else body.metadata,
+        user=getattr(given, "user", None) if body.user is None else body.user,
         stream=streams or None,
         idempotency=idempotency,
     )

@@ -5,7 +5,7 @@ from django.urls import path, re_path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
-from llmtasks.api import health, metrics, openai, providers, schema, tasks
+from llmtasks.api import health, metrics, openai, providers, schema, tasks, tools
 from llmtasks.api.errors import NOTHING_HERE, answer
 from llmtasks.errors import NotFound
 
@@ -31,7 +31,11 @@ urlpatterns = [
     path("v1/tasks/<uuid:task_id>/cancel", tasks.Cancel.as_view()),
     path("v1/tasks/<uuid:task_id>/retry", tasks.Retry.as_view()),
     path("v1/tasks/<uuid:task_id>/token", tasks.Token.as_view()),
+    path("v1/tasks/<uuid:task_id>/steps", tools.Steps.as_view()),
+    path("v1/tasks/<uuid:task_id>/decide", tools.Decide.as_view()),
     path("v1/tasks/<uuid:task_id>/events", tasks.Events.as_view()),
+    path("v1/tools", tools.Tools.as_view()),
+    path("v1/tools/<str:name>/invoke", tools.Invoke.as_view()),
     path("v1/schema", schema.Schema.as_view(), name="schema"),
     path("v1/docs", schema.Docs.as_view(), name="docs"),
     re_path(r"^v1(?:/|\Z)", nowhere),
