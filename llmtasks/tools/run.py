@@ -126,9 +126,11 @@ def fault_of(schema: Mapping[str, Any], value: Any) -> str:
 def admitted(tool: Tool, caller: Caller, until: float, *, is_again: bool) -> Grant | Result:
     """The tool's place in the limiter, waited for within the caller's time."""
     while True:
+        left_s = until - time.monotonic()
         grant = Grant(
-            uuid7(), TOOLS, tool.reference, meters_of(tool), caller.is_urgent, is_again,
-            until - time.monotonic(),
+            attempt_id=uuid7(), provider=TOOLS, model=tool.reference, need=ONE,
+            meters=meters_of(tool), is_urgent=caller.is_urgent, is_again=is_again,
+            left_s=left_s, patience_s=left_s,
         )  # fmt: skip
         refusal = rate_limit.acquire(grant)
         if refusal is None:
