@@ -248,7 +248,7 @@ INSERT_TURN = """, s AS (
         %(turn_output)s::text::jsonb, '', '', clock_timestamp(), clock_timestamp(), '', '' FROM a
     ON CONFLICT (task_id, number) DO NOTHING
 )"""
-FINISH_END = """
+FINISH_END = f"""
 UPDATE llmtasks_task t SET
     input_tokens = input_tokens + %(input)s,
     cached_input_tokens = cached_input_tokens + %(cached)s,
