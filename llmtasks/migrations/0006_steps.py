@@ -4,6 +4,7 @@ import django.contrib.postgres.fields
 import django.db.models.deletion
 import django.db.models.functions.datetime
 import uuid_utils.compat
+import llmtasks.models.tenancy
 from django.db import migrations, models
 
 
@@ -67,5 +68,10 @@ class Migration(migrations.Migration):
         migrations.AddConstraint(
             model_name='step',
             constraint=models.UniqueConstraint(fields=('task_id', 'number'), name='step_once'),
+        ),
+        migrations.AlterField(
+            model_name='apikey',
+            name='scopes',
+            field=django.contrib.postgres.fields.ArrayField(base_field=models.CharField(choices=[('write', 'create and cancel work'), ('read', 'read tasks, models and usage'), ('tools', 'use tools and agents')], max_length=16), default=llmtasks.models.tenancy.all_scopes, size=None),
         ),
     ]
