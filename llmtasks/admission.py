@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from typing import NoReturn
+from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
@@ -32,22 +33,29 @@ SPREAD = 0.1
 
 
 def admit(
-    options: Sequence[Next], request: AnyRequest, context: Context, failed: ProviderError | None
+    options: Sequence[Next],
+    request: AnyRequest,
+    context: Context,
+    failed: ProviderError | None,
+    *,
+    is_again: bool,
 ) -> tuple[Candidate, Grant]:
     """Take all limits of the first option that has room, waiting for it where need be.
 
-    `failed` is the error of the try before. Raises it where a call again would be one too many;
-    `LimitReached` or `NoProvider` (inline), `Snooze` (the task is back in `waiting`), or why the
-    call was dropped.
+    `failed` is the error of the try before in this run. Raises it where a call again would be one
+    too many; `LimitReached` or `NoProvider` (inline), `Snooze` (the task is back in `waiting`), or
+    why the call was dropped.
     """
     began = time.monotonic()
+    # Asked under the same id each time: where an answer of Redis was lost, that took it already.
+    asks = [(uuid7(), option.candidate) for option in options]
     while True:
         refusals = []
-        for option in options:
-            grant = ask(option.candidate, request, context, is_again=failed is not None)
+        for attempt_id, candidate in asks:
+            grant = ask(candidate, request, context, is_again=is_again, attempt_id=attempt_id)
             refusal = rate_limit.acquire(grant)
             if refusal is None:
-                return option.candidate, grant
+                return candidate, grant
             refusals.append(refusal)
         wait_s = min(refusal.wait_s for refusal in refusals)
         if context.task.mode == Mode.QUEUED:
@@ -72,13 +80,20 @@ def admit_at_once(
     return None
 
 
-def ask(candidate: Candidate, request: AnyRequest, context: Context, *, is_again: bool) -> Grant:
+def ask(
+    candidate: Candidate,
+    request: AnyRequest,
+    context: Context,
+    *,
+    is_again: bool,
+    attempt_id: UUID | None = None,
+) -> Grant:
     """What the call asks the limiter for."""
-    task = context.task
+    task, attempt_id = context.task, attempt_id or uuid7()
     most = request.max_output_tokens if isinstance(request, Request) else 0
     need = rate_limit.need_of(candidate.provider, candidate.model, len(task.body), most)
     return rate_limit.grant_for(
-        uuid7(), candidate.provider, candidate.model, task.tenant_id, task.key_id, need,
+        attempt_id, candidate.provider, candidate.model, task.tenant_id, task.key_id, need,
         is_urgent=task.mode == Mode.INLINE or task.lane == Lane.INTERACTIVE,
         is_again=is_again, left_s=context.left_s,
     )  # fmt: skip

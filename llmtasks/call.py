@@ -52,7 +52,8 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
     (the task is back in `waiting`) or `Lost`.
     """
     task = context.task
-    options_of = partial(retry.options, is_patient=task.mode == Mode.QUEUED)
+    is_patient = task.mode == Mode.QUEUED
+    options_of = partial(retry.options, is_patient=is_patient)
     with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         # look_up_cache: its place, before any money.
         route = usable_route(request, context)
@@ -63,7 +64,8 @@ def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyR
         failed: errors.ProviderError | None = None
         while options:
             # hold money: its place, for each candidate.
-            candidate, grant = admission.admit(options, request, context, failed)
+            is_again = retry.is_again(tries, is_patient=is_patient)
+            candidate, grant = admission.admit(options, request, context, failed, is_again=is_again)
             if tries and context.may_restart:
                 yield Reset(context.number + 1)
             attempt = attempts.begin(candidate, grant, request, context)

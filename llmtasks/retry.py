@@ -35,14 +35,15 @@ CLASSES: dict[str, type[errors.ProviderError]] = {
 @dataclass(frozen=True, slots=True)
 class Try:
     """One attempt that ended without an answer. `error` is a class of `providers.errors`; a call
-    whose process died counts as `ConnectionFailed`. `is_ours`: we ended the call ourselves, and
-    it was no failed try."""
+    whose process died counts as `ConnectionFailed`, and `is_lost`. `is_ours`: we ended the call
+    ourselves, and it was no failed try."""
 
     provider: str
     model: str
     error: type[errors.ProviderError]
     retry_after: float | None = None
     is_ours: bool = False
+    is_lost: bool = False
 
     @property
     def is_limit(self) -> bool:
@@ -52,7 +53,18 @@ class Try:
 def past(provider: str, model: str, error_class: str) -> Try:
     """An attempt of an earlier run, as the ledger has it."""
     error = CLASSES.get(error_class, errors.ConnectionFailed)
-    return Try(provider, model, error, is_ours=error_class in OF_OURS)
+    is_ours = error_class in OF_OURS
+    return Try(
+        provider, model, error, is_ours=is_ours, is_lost=not is_ours and error_class not in CLASSES
+    )
+
+
+def is_again(tries: Sequence[Try], *, is_patient: bool) -> bool:
+    """Whether the next call repeats one that its vendor failed: such calls have a budget. What died
+    with its process is no fault of the vendor, and patient work that was limited has not failed."""
+    if not tries or tries[-1].is_ours or tries[-1].is_lost:
+        return False
+    return not (is_patient and tries[-1].is_limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from django.http import HttpRequest, HttpResponse
 from llmtasks import stores
 from llmtasks.api.answers import json_response
 from llmtasks.api.errors import POSTGRES_AWAY
+from llmtasks.guards import rate_limit
 from llmtasks.models import Lane
 
 # Who leads, and how many workers each lane has, by leases that are not over.
@@ -38,6 +39,8 @@ def readyz(request: HttpRequest) -> HttpResponse:
         "ok": all(workers.get(lane) for lane in Lane.values),
         "lanes": {lane: workers.get(lane, 0) for lane in Lane.values},
     }
+    # Not ok: this process keeps to a share of the limits of its own, since Redis is away.
+    parts["limits"] = {"ok": not rate_limit.is_degraded()}
     is_ready = parts["postgres"]["ok"]
     all_well = all(part["ok"] for part in parts.values())
     status = "ready" if all_well else "degraded" if is_ready else "unavailable"

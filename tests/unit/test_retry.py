@@ -199,3 +199,26 @@ def test_a_run_of_errors_keeps_the_rules(candidates, kinds):
 def test_every_class_of_the_tree_is_known_by_its_name():
     assert errors.RateLimited in ALL
     assert all(retry.CLASSES[kind.__name__] is kind for kind in ALL)
+
+
+# --- the budget of calls again --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error_class", "inline", "queued"),
+    [
+        ("Overloaded", True, True),
+        ("AuthenticationFailed", True, True),
+        # Waiting for a limit is not failing, where nobody waits for the answer.
+        ("RateLimited", True, False),
+        # We ended it, or its process died: no fault of the vendor.
+        ("Interrupted", False, False),
+        ("Outrun", False, False),
+        ("", False, False),
+    ],
+)
+def test_what_is_a_call_again(error_class: str, inline: bool, queued: bool) -> None:
+    tries = [retry.past("a", "m", "Overloaded"), retry.past("a", "m", error_class)]
+    assert retry.is_again(tries, is_patient=False) is inline
+    assert retry.is_again(tries, is_patient=True) is queued
+    assert not retry.is_again([], is_patient=False)
