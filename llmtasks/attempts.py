@@ -118,6 +118,7 @@ def begin(candidate: Candidate, grant: Grant, request: AnyRequest, context: Cont
 def send(attempt: Sending, request: AnyRequest) -> Generator[Event, None, AnyResponse]:
     """The call itself. Raises `ProviderError`, `Dropped`."""
     routing.check_credential(attempt.candidate)
+    keep_fresh(attempt)
     adapter = attempt.candidate.adapter
     if isinstance(request, EmbeddingRequest):
         return adapter.embed(replace(request, model=attempt.model), attempt.exchange)
@@ -131,6 +132,16 @@ def send(attempt: Sending, request: AnyRequest) -> Generator[Event, None, AnyRes
         attempt.has_told = True
         yield event
     raise errors.BadResponse("the stream ended without an answer")
+
+
+def keep_fresh(attempt: Sending) -> None:
+    """A call that was held up since it was let through counts from now; where its window is
+    another one by now, it waits for room in that."""
+    context = attempt.context
+    while refusal := rate_limit.freshen(attempt.grant):
+        if context.left_s <= 0 or attempt.exchange.dropped:
+            return
+        context.pause(min(refusal.wait_s, context.left_s))
 
 
 def size(event: StreamEvent) -> int:
@@ -296,23 +307,22 @@ def settle_limits(attempt: Sending, settled: Outcome) -> None:
     see to."""
     candidate, error, usage = attempt.candidate, attempt.error, settled.usage
     is_answered = error is None and settled.raw_usage is not None
-    # A vendor that refused a call counted no tokens.
+    # A vendor that refused a call made no tokens. What came in it may have counted.
     is_refused = (attempt.exchange.status or 0) >= 400
-    is_known = is_answered or is_refused
     told = vendor_limits.told(attempt.exchange.response_headers)
     rate_limit.settle(
         attempt.grant,
         Used(
             is_sent=attempt.exchange.is_sent,
-            input_tokens=candidate.adapter.limited_input(usage) if is_known else None,
-            output_tokens=usage.total_output_tokens if is_known else None,
+            input_tokens=candidate.adapter.limited_input(usage) if is_answered else None,
+            output_tokens=usage.total_output_tokens if is_answered or is_refused else None,
         ),
         health=health(error),
         error="" if error is None else type(error).__name__,
         gate_s=gate_s(error),
         told=[rate_limit.Told(*one) for one in told],
         ms=settled.latency_ms if is_answered or was_slow(attempt, settled) else None,
-        input_bytes=attempt.input_bytes,
+        input_bytes=attempt.grant.need.counted_bytes,
     )
     accounts.note(candidate, error, told)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmtasks.models import Limit
+from providers.types import EmbeddingRequest, Image, Request
 
 # Before a model's calls told better: tokens a byte, and the length of an answer.
 TOKENS_PER_BYTE = 0.3
@@ -16,6 +17,8 @@ ASSUMED_OUTPUT = 1024
 # from had of JSON around them.
 LEAST_TOKENS_PER_BYTE = 0.25
 JSON_BYTES = 200
+# About 1,000 tokens, whatever its size.
+IMAGE_BYTES = 4000
 # How much more than expected is reserved where the caller set no limit of its own.
 INPUT_MARGIN = 1.1
 OUTPUT_MARGIN = 2.0
@@ -40,6 +43,8 @@ class Need:
     output_tokens: int
     expected_input: int
     expected_output: int
+    # What the estimate was made from.
+    counted_bytes: int = 0
 
     def of(self, unit: str) -> tuple[int, int]:
         """(reserved, expected) of a limit's unit."""
@@ -108,7 +113,21 @@ def need_of(provider: str, model: str, input_bytes: int, max_output: int | None)
         output_tokens=int(usual * OUTPUT_MARGIN) if max_output is None else max_output,
         expected_input=expected_input,
         expected_output=expected_output,
+        counted_bytes=input_bytes,
     )
+
+
+def counted_bytes(request: Request | EmbeddingRequest, body_bytes: int) -> int:
+    """The bytes of a request that are text; an image counts as text of as many tokens."""
+    if not isinstance(request, Request):
+        return body_bytes
+    images = [
+        len(part.url)
+        for message in request.messages
+        for part in message.parts
+        if isinstance(part, Image)
+    ]
+    return body_bytes - sum(images) + IMAGE_BYTES * len(images)
 
 
 def usual(unit: str) -> float:

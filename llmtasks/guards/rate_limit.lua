@@ -42,7 +42,7 @@ local COOLDOWN, COOLDOWN_MOST = 10e6, 120e6
 local HEALTH, TRIES = { 'c', 'f' }, { 'c', 'x' }
 local PROBES, PROBES_TO_CLOSE = 3, 2
 local TRIES_SLOT, TRIES_SLOTS, TRIES_LEAST, TRIES_SHARE = 10e6, 6, 10, 0.2
-local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 5000
+local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 30000
 -- So long two processes that see the same restart may be apart.
 local RESTART = 5e6
 -- What is left for a waiting call is left until it can have asked again.
@@ -175,12 +175,18 @@ local function claim_room(found, wait)
   end
 end
 
+local function left_to(urgent, m)
+  -- What may be used of the window: background work leaves a hundredth, and is never shut out.
+  if urgent or m.keep == 0 then return m.amount end
+  return math.max(1, math.floor(m.amount - math.min(m.keep, m.amount / 100)))
+end
+
 local function wait_for_rate(m, urgent)
   if m.is_lost then return m.back_at - now end
   local keep = urgent and 0 or m.keep
-  local most = m.amount - math.min(keep, m.amount / 100)
+  local most = left_to(urgent, m)
   -- A call that is larger than the limit waits for all of it.
-  m.need = math.min(m.need, math.floor(most))
+  m.need = math.min(m.need, most)
   m.pace = math.min(m.pace, m.need)
   local wait = wait_in_turn(m, urgent, most)
   m.is_full = wait > 0 and m.is_known
@@ -189,8 +195,8 @@ local function wait_for_rate(m, urgent)
     -- use: else small ones would always be before a large one.
     local level = ((urgent and m.all or m.back) - now) / m.interval
     local over = level + math.min(m.pace, 1, m.burst - keep) - (m.burst - keep)
-    -- Less than a millionth of a unit is rounding.
-    if over > 1e-6 then wait = math.max(wait, over * m.interval) end
+    -- Less than a microsecond is rounding.
+    if over * m.interval > 1 then wait = math.max(wait, over * m.interval) end
   end
   return wait
 end
@@ -378,7 +384,7 @@ end
 local function granted(at, found, probe, event)
   local shown = {}
   for i, m in ipairs(found) do shown[i] = { m.need, m.pace, m.left or -1, m.reset or 0 } end
-  return cjson.encode({ at = text(at), probe = probe, event = event,
+  return cjson.encode({ at = text(at), age = now - at, probe = probe, event = event,
     meters = #shown > 0 and shown or nil, stats = args.stats and stats(args.place) or nil })
 end
 
@@ -554,8 +560,9 @@ function operations.seed()
   m.all = math.max(since + m.burst * m.interval, now)
   m.back = m.all
   for _, found in ipairs(args.used) do
-    local slot = math.floor(found[1] / m.width)
-    if slot >= m.first and slot <= m.slot then use(m, slot, found[2]) end
+    -- By this server's clock, and rather too late than too early.
+    local slot = math.min(math.floor((found[1] + now - args.now) / m.width) + 1, m.slot)
+    if slot >= m.first then use(m, slot, found[2]) end
   end
   put_rate(m)
   redis.call('PEXPIRE', m.key, m.life)
@@ -581,7 +588,7 @@ local function room_of(m, since)
     return { m.amount - m.keep - used, used, 1, m.amount }
   end
   read_rate(m, since)
-  local free = m.amount - math.min(m.keep, m.amount / 100) - m.sum + freed_within(m, args.horizon)
+  local free = left_to(false, m) - m.sum + freed_within(m, args.horizon)
   if m.burst < m.amount then
     -- Nothing is kept back from who waits.
     local level = ((m.keep == 0 and m.all or m.back) - now) / m.interval

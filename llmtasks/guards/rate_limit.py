@@ -131,19 +131,7 @@ def grant_for(
 def acquire(grant: Grant) -> Refusal | None:
     """Take all limits of the call, or none: then when to ask again. Asking twice for one attempt
     takes once."""
-    arguments = {
-        "attempt": str(grant.attempt_id),
-        "place": grant.place,
-        "provider": grant.provider,
-        "urgent": grant.is_urgent,
-        "again": grant.is_again,
-        "life": grant.life_ms,
-        "patience": int(max(grant.patience_s, 0.0) * 1e6),
-        "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
-        # After that every settlement tells them.
-        "stats": grant.place not in estimates._stats,
-        **times(),
-    }
+    arguments = asked(grant)
     keys = [meter.key for meter in grant.meters]
     began = time.monotonic()
     try:
@@ -159,11 +147,28 @@ def acquire(grant: Grant) -> Refusal | None:
     return None
 
 
+def asked(grant: Grant) -> dict[str, Any]:
+    """What the script is asked for a call."""
+    return {
+        "attempt": str(grant.attempt_id),
+        "place": grant.place,
+        "provider": grant.provider,
+        "urgent": grant.is_urgent,
+        "again": grant.is_again,
+        "life": grant.life_ms,
+        "patience": int(max(grant.patience_s, 0.0) * 1e6),
+        "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
+        # After that every settlement tells them.
+        "stats": grant.place not in estimates._stats,
+        **times(),
+    }
+
+
 def seed(grant: Grant, arguments: dict[str, Any], index: int) -> None:
     """Tell Redis what Postgres knows of a meter's use. Raises `Away`, `OperationalError`."""
     meter = grant.meters[index]
-    used = seeds.used(meter.rule, meter.key)
-    meters.run("seed", [meter.key], {"meters": [arguments["meters"][index]], "used": used})
+    known = seeds.used(meter.rule, meter.key)
+    meters.run("seed", [meter.key], {"meters": [arguments["meters"][index]], **known})
 
 
 def refusal(grant: Grant, answer: dict[str, Any]) -> Refusal:
@@ -179,7 +184,8 @@ def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
         grant.meters, answer.get("meters", ()), strict=False
     ):
         meter.need, meter.pace, meter.left, meter.reset_s = need, pace, left, reset_us / 1e6
-    put_fresh(grant, began)
+    # An answer that was lost had let it through before.
+    put_fresh(grant, began - answer["age"] / 1e6)
     if stats := answer.get("stats"):
         estimates.put_stats(grant.place, stats)
     leases.hold(grant.attempt_id, (m.key for m in grant.meters if not m.rule.per_us))

@@ -1,13 +1,16 @@
 """Calls through the whole corridor under limits: what they reserve, use, and tell the limiter."""
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from llmtasks import execute, submit
-from llmtasks.guards import rules
+from llmtasks import execute, ledger, submit
+from llmtasks.guards import rate_limit, rules
 from llmtasks.models import Limit, Provider, Tenant
 from providers.sandbox_answers import tokens
+from providers.types import Image, Message, Request
 from tests import factories
 
 TEXT = "one two three four"
@@ -48,6 +51,49 @@ def test_an_answer_is_settled_to_its_usage(tenant, account, redis):
     assert redis.zcard(at_once) == 0
     assert not redis.keys("{limits}:taken:*")
     assert redis.hget("{limits}:stats:sandbox/echo", "output") is not None
+
+
+def test_what_came_in_of_a_refused_call_may_count(tenant, account, redis):
+    given = limit(account, "input_tokens", 100_000, "minute")
+    made = limit(account, "output_tokens", 100_000, "minute")
+    call(tenant, account, "error-400")
+    assert used(redis, given) > 0
+    assert used(redis, made) == 0
+
+
+def test_an_image_is_not_counted_by_its_bytes(tenant, account, redis):
+    given = limit(account, "input_tokens", 100_000, "minute")
+    image = Image(url="data:image/png;base64," + "A" * 400_000)
+    request = Request(model="limited", messages=(Message(role="user", parts=(image,)),))
+    factories.route("limited", (account, "error-500"))
+    work = replace(factories.work(tenant, "limited"), request=request)
+    execute.run(submit.inline(work), work.request)
+    # Five tries at the most, of 100,000 tokens if the bytes counted.
+    assert 1000 < used(redis, given) < 5 * 2500
+
+
+def test_a_call_that_was_held_up_counts_from_when_it_went_out(tenant, account, redis, monkeypatch):
+    key = limit(account, "requests", 100, "second")
+    begin = ledger.begin
+
+    def slowly(*args: Any, **given: Any) -> None:
+        begin(*args, **given)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(ledger, "begin", slowly)
+    taken_at: list[int] = []
+    grant_at = rate_limit.put_granted
+
+    def noted(grant: Any, *args: Any) -> None:
+        grant_at(grant, *args)
+        taken_at.append(int(grant.at))
+
+    monkeypatch.setattr(rate_limit, "put_granted", noted)
+    call(tenant, account, "echo")
+    slots = [int(name) for name, n in redis.hgetall(key).items() if name.isdigit() and int(n)]
+    assert len(slots) == 1
+    width_us = -(-1_000_000 // 120)
+    assert slots[0] * width_us >= taken_at[0] + 250_000
 
 
 def test_a_refusal_is_a_request_and_closes_the_gate(tenant, account, redis):
