@@ -17,7 +17,7 @@ from llmtasks import ledger
 from llmtasks.bodies import AnyRequest
 from llmtasks.context import Context, drop_error
 from llmtasks.errors import LimitReached, NoProvider, Snooze
-from llmtasks.guards import rate_limit
+from llmtasks.guards import estimates, rate_limit
 from llmtasks.guards.rate_limit import Grant, Refusal
 from llmtasks.ledger import End
 from llmtasks.models import Lane, Mode, Status
@@ -91,11 +91,13 @@ def ask(
     """What the call asks the limiter for."""
     task, attempt_id = context.task, attempt_id or uuid7()
     most = request.max_output_tokens if isinstance(request, Request) else 0
-    need = rate_limit.need_of(candidate.provider, candidate.model, len(task.body), most)
+    counted = estimates.counted_bytes(request, len(task.body))
+    need = rate_limit.need_of(candidate.provider, candidate.model, counted, most)
+    patience_s = PATIENCE_S if task.mode == Mode.QUEUED else context.left_s
     return rate_limit.grant_for(
         attempt_id, candidate.provider, candidate.model, task.tenant_id, task.key_id, need,
         is_urgent=task.mode == Mode.INLINE or task.lane == Lane.INTERACTIVE,
-        is_again=is_again, left_s=context.left_s,
+        is_again=is_again, left_s=context.left_s, patience_s=patience_s,
     )  # fmt: skip
 
 
