@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 # What each proves; the modules are in this package.
 PROOFS = {
     "kills": "kill -9 of every program again and again, beside plain Celery",
+    "crash": "kill -9 at each named step, again and again",
     "freeze": "SIGSTOP for longer than a lease, with calls under way, and SIGCONT",
 }
 
