@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PROOFS = {
     "kills": "kill -9 of every program again and again, beside plain Celery",
     "crash": "kill -9 at each named step, again and again",
+    "stores": "Redis and Postgres killed, frozen, emptied, restarted and away, under load",
     "freeze": "SIGSTOP for longer than a lease, with calls under way, and SIGCONT",
 }
 
