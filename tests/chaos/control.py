@@ -35,7 +35,10 @@ QUIET_S = 2 * VISIBILITY_S
 # So often more is waited for what is in the broker still.
 ROUNDS = 5
 
-app = Celery("control", broker=os.environ.get(BROKER, "redis://127.0.0.1:1/0"))
+# Not the current app: a process that only looks at this module has one of its own.
+app = Celery(
+    "control", broker=os.environ.get(BROKER, "redis://127.0.0.1:1/0"), set_as_current=False
+)
 app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
