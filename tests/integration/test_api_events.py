@@ -116,7 +116,7 @@ def test_watchers_have_a_cap_of_their_own(
     assert second["Retry-After"] == "2"
     assert caller.chat().status_code == 200
     # Who waits for an answer gets 202 at once.
-    assert caller.task(headers={"Prefer": "wait=5"}).status_code == 202
+    assert caller.task(mode="queued", headers={"Prefer": "wait=5"}).status_code == 202
     first.close()
     third = watch(caller, task_id)
     assert third.status_code == 200
@@ -143,7 +143,7 @@ def test_without_redis_the_row_is_enough(
     worker.join()
     assert [name for _, name, _ in found] == ["snapshot", "done"]
     assert time.monotonic() - began < 3
-    waiting_for = caller.task(headers={"Prefer": "wait=1"})
+    waiting_for = caller.task(mode="queued", headers={"Prefer": "wait=1"})
     assert waiting_for.status_code == 202
 
 

@@ -74,13 +74,18 @@ def test_the_schema_describes_every_path(client: Client):
         "/v1/embeddings",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/providers",
         "/v1/tasks",
         "/v1/tasks/bulk",
         "/v1/tasks/{task_id}",
         "/v1/tasks/{task_id}/cancel",
         "/v1/tasks/{task_id}/retry",
+        "/v1/tasks/{task_id}/steps",
+        "/v1/tasks/{task_id}/decide",
         "/v1/tasks/{task_id}/token",
         "/v1/tasks/{task_id}/events",
+        "/v1/tools",
+        "/v1/tools/{name}/invoke",
     }
     chat = schema["components"]["schemas"]["ChatBody"]
     assert {"model", "messages", "stream", "background"} <= set(chat["properties"])

@@ -132,7 +132,7 @@ def test_an_inline_caller_is_told_to_try_again(caller, stream):
 
 
 def test_at_the_native_door_the_answer_is_the_interrupted_task(caller):
-    with beside(caller.task, "slow-20000") as answers:
+    with beside(lambda: caller.task("slow-20000", mode="queued")) as answers:
         until(lambda: Task.objects.exists())
         drain()
     [answer] = answers

@@ -146,7 +146,8 @@ def test_a_drop_reaches_both(account, tenant, second, hedged, sandbox, mode, rea
         elif reason == "lease":
             pulse.start().lose_lease()
         else:
-            pulse.start().calls[task.id].drop(reason)
+            [call] = pulse.start().calls[task.id]
+            call.drop(reason)
         thread.join(10)
         assert time.monotonic() - asked < 4
     task.refresh_from_db()
@@ -168,7 +169,8 @@ def test_a_drop_that_comes_before_the_second_is_sent_reaches_it(
 
     def admit_at_once(*arguments: Any) -> Any:
         admitted = real(*arguments)
-        pulse.start().calls[task.id].drop("client")
+        [call] = pulse.start().calls[task.id]
+        call.drop("client")
         return admitted
 
     monkeypatch.setattr(hedge.admission, "admit_at_once", admit_at_once)
