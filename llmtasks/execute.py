@@ -283,7 +283,7 @@ def cancel(task_id: UUID, tenant_id: UUID | None = None) -> Task:
             break
         task.refresh_from_db()
         if task.status in FINAL:
-            raise Conflict(f"the task is {task.status} already")
+            raise Conflict(f"the task is {task.status} already: there is nothing left to cancel")
     task.refresh_from_db()
     if ended:
         tell(task)

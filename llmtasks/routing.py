@@ -110,6 +110,11 @@ def read(version: int) -> Snapshot:
         )
         for row in rows_of.values()
     }
+    for route in routes.values():
+        if not route.candidates:
+            log.error(
+                "a route has no candidates: its calls are refused", extra={"route": route.name}
+            )
     paused = {TOOLS: False} | dict(ProviderRow.objects.values_list("name", "is_paused"))
     return Snapshot(version=version, routes=routes, providers=paused)
 
@@ -129,6 +134,9 @@ def with_fallbacks(
         next_ = rows_of.get(next_.fallback_id or 0)
         if next_ is not None and next_.pk in seen:
             log.error("a fallback leads back to its route", extra={"route": row.name})
+        if next_ is not None and next_.kind != row.kind:
+            log.error("a fallback is of another kind", extra={"route": row.name})
+            return
 
 
 def candidate(chosen: RouteCandidate) -> Candidate:

@@ -4,6 +4,7 @@ A rule counts the calls that match every selector it names. Its meter in Redis i
 all of them, or one for each tenant or key.
 """
 
+import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from django.db.models import Count
 
 from llmtasks import pulse
 from llmtasks.models import WINDOWS, Limit, Provider
+
+log = logging.getLogger(__name__)
 
 # The slots of a rate's window are 120ths of it; calls may reach a vendor by so much later than
 # they were let through, which is a slot at least.
@@ -143,6 +146,9 @@ def read(version: int) -> Rules:
     of_caller: dict[UUID | None, list[Rule]] = {}
     counts = dict(Provider.objects.annotate(n=Count("models")).values_list("pk", "n"))
     for row in Limit.objects.select_related("provider", "tenant", "key").order_by("id"):
+        if not row.is_sound:
+            log.error("a limit can't be held", extra={"limit": row.pk, "says": str(row)})
+            continue
         rule = rule_of(row, counts.get(row.provider_id or 0, 0))
         if rule.provider:
             of_provider.setdefault(rule.provider, []).append(rule)

@@ -130,12 +130,23 @@ class Route(models.Model):
         while route is not None:
             if route.kind != self.kind:
                 raise ValidationError(
-                    {"fallback": f"{route.name!r} is for {route.kind}, not for {self.kind}."}
+                    {
+                        "fallback": f"{route.name!r} is for {route.kind}, not for {self.kind}:"
+                        " choose another, or none."
+                    }
                 )
             if route.pk in seen:
-                raise ValidationError({"fallback": f"{route.name!r} leads back to this route."})
+                where = "this route" if route.pk == self.pk else repr(route.name)
+                raise ValidationError(
+                    {"fallback": f"It leads back to {where}: choose another, or none."}
+                )
             seen.add(route.pk)
             route = route.fallback
+        others = Route.objects.filter(fallback_id=self.pk).exclude(kind=self.kind)
+        if self.pk is not None and (other := others.first()) is not None:
+            raise ValidationError(
+                {"kind": f"{other.name!r} falls back to this route: it must stay {other.kind}."}
+            )
 
 
 class RouteCandidate(models.Model):

@@ -79,6 +79,12 @@ class Limit(models.Model):
         each = f", {self.get_each_display()}" if self.each else ""
         return f"{' / '.join(whose) or 'all'}: {self.amount} {unit}{per}{each}"
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be held at all. The admin makes no other."""
+        windows = [""] if self.unit == self.Unit.CONCURRENCY else list(WINDOWS)
+        return self.amount >= 1 and self.unit in self.Unit.values and self.window in windows
+
     def clean(self) -> None:
         wrong = {field: text for is_wrong, field, text in self.checks() if is_wrong}
         if errors := wrong or self.contradictions():
@@ -87,6 +93,7 @@ class Limit(models.Model):
     def checks(self) -> list[tuple[bool, str, str]]:
         """(is wrong, field, what to do) of what this row alone tells."""
         at_once = self.unit == self.Unit.CONCURRENCY
+        no_window = not at_once and self.window not in WINDOWS
         amount = self.amount or 0
         foreign = bool(self.key and self.tenant and self.key.tenant_id != self.tenant_id)
         is_one = bool(self.key or (self.each == self.Each.TENANT and self.tenant))
@@ -94,7 +101,7 @@ class Limit(models.Model):
             (amount < 1, "amount", "At least 1; to stop all calls, pause the provider."),
             (at_once and bool(self.window), "window", "Calls at once have no window: empty it."),
             (at_once and self.burst is not None, "burst", "Calls at once have no burst: empty it."),
-            (not at_once and not self.window, "window", "Choose the window of the amount."),
+            (no_window, "window", "Choose the window of the amount."),
             ((self.burst or 0) > amount, "burst", f"At most the amount, {amount}."),
             (bool(self.model) and not self.provider, "provider", "Choose whose model this is."),
             (not self.knows_model(), "model", "The provider has no such model: add it there."),
@@ -109,15 +116,19 @@ class Limit(models.Model):
 
     def contradictions(self) -> dict[str, str]:
         """Where a neighbour's window makes this one pointless, or the vendor allows less."""
-        if not self.window:
+        if self.window not in WINDOWS:
             return {}
-        per_minute = self.amount * 60 // WINDOWS[self.window]
+        # A vendor's minute may be used up within a second.
+        per_minute = self.amount * 60 // max(60, WINDOWS[self.window])
         most = self.vendor_limit()
         if most is not None and per_minute > most:
-            return {"amount": f"The vendor allows {most} a minute, by its answers' headers."}
+            return {
+                "amount": f"The vendor allows {most} a minute, by its answers' headers: not more."
+            }
         same = Limit.objects.filter(
             provider=self.provider, model=self.model, tenant=self.tenant, key=self.key,
             each=self.each, unit=self.unit,
+            window__in=WINDOWS,
         ).exclude(pk=self.pk).exclude(window=self.window)  # fmt: skip
         for other in same:
             short, long = sorted((self, other), key=lambda limit: WINDOWS[limit.window])
