@@ -60,10 +60,11 @@ def publish(hints: Iterable[tuple[UUID, int, str, str]]) -> None:
         for task_id, seq, provider, lane in hints:
             headers, properties, body, _ = message(task_id, seq, provider)
             producer.publish(
-                body,
+                orjson.dumps(body).decode(),
+                content_type="application/json",
+                content_encoding="utf-8",
                 exchange="",
                 routing_key=queue_name(provider, lane),
-                serializer="json",
                 headers=headers,
                 **properties,
             )

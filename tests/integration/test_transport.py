@@ -44,3 +44,13 @@ def test_a_hint_is_taken_and_acknowledged_without_a_trace() -> None:
     assert seen[0][0] == [str(task_id), 1]
     assert queues.hints_in([name]) == set()
     assert not stores.redis_client().keys("unacked*")
+
+
+def test_a_hint_of_another_priority_goes_kombus_way() -> None:
+    name = queues.queue_name("transport-test", "bulk")
+    with queues.producers().acquire(block=True) as producer, producer.batch(10):
+        producer.publish("[]", exchange="", routing_key=name, priority=3)
+    # The queue of priority 3 is another list.
+    client: Any = stores.redis_client()
+    assert client.llen(name) == 0
+    assert client.llen(f"{name}\x06\x163") == 1
