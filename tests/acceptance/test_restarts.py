@@ -32,7 +32,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         tmp_path_factory.mktemp("restarts"),
         NUMBER % 4 + 4,
         names=names,
-        settings={"GRACE_S": str(GRACE_S)},
+        # A hint that is lost would not be found again in time.
+        settings={"GRACE_S": str(GRACE_S), "HINT_LOST_S": "600"},
     ) as cluster:
         yield cluster
 
