@@ -16,9 +16,11 @@ from providers.types import StreamEvent
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """What was streamed so far is void: a new attempt starts from the beginning."""
+    """What was streamed so far is void: a new attempt starts from the beginning (`retry`), or the
+    model's next turn begins (`turn`)."""
 
     attempt: int
+    reason: str = "retry"
 
 
 Event = StreamEvent | Reset

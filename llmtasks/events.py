@@ -7,6 +7,8 @@ A Redis stream per task, `events:{<task id>}`; the entry's id is the client's La
     thinking   {attempt, text}                      a piece of the model's reasoning
     tool_call  {attempt, index, id, name, arguments}   a piece of a tool call
     reset      {attempt, reason}                    forget the pieces so far
+    step       {number, kind, name, status, call_id, background, task, error}
+                                                    a step of an agent or a workflow changed
     snapshot   the task                             made by the API: the id was trimmed or unknown
     done       {status}                             final; the API puts the whole task into it
 
@@ -228,9 +230,31 @@ def publish_piece(task_id: UUID, attempt: int, event: StreamEvent) -> None:
         outbox().grow(task_id, "tool_call", data, "arguments", event.arguments)
 
 
-def publish_reset(task_id: UUID, attempt: int) -> None:
-    """Attempt number `attempt` begins: what the earlier one wrote is void."""
-    publish(task_id, "reset", {"attempt": attempt, "reason": "retry"})
+def publish_reset(task_id: UUID, attempt: int, reason: str = "retry") -> None:
+    """Attempt number `attempt` begins: what the earlier one wrote is void, or was another turn."""
+    publish(task_id, "reset", {"attempt": attempt, "reason": reason})
+
+
+def publish_step(
+    task_id: UUID,
+    *,
+    number: int,
+    kind: str,
+    name: str,
+    status: str,
+    call_id: str = "",
+    background: bool = False,
+    child_id: UUID | None = None,
+    error: str = "",
+) -> None:
+    """A step of the task begins, waits or has ended, whatever kind of task it is. Its arguments
+    and its result are for those who ask for the steps."""
+    data = {
+        "number": number, "kind": kind, "name": name, "status": status,
+        "call_id": call_id or None, "background": background,
+        "task": None if child_id is None else str(child_id), "error": error or None,
+    }  # fmt: skip
+    publish(task_id, "step", data)
 
 
 @cache

@@ -228,7 +228,7 @@ def perform(task: Task, stored: Any) -> None:
 def publish_deltas(context: Context, answer: Iterator[Event]) -> None:
     for event in answer:
         if isinstance(event, Reset):
-            events.publish_reset(context.task.id, event.attempt)
+            events.publish_reset(context.task.id, event.attempt, event.reason)
         else:
             events.publish_piece(context.task.id, context.answering, event)
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from django.db import transaction
 
-from llmtasks import bodies, queues
+from llmtasks import bodies, events, queues
 from llmtasks.errors import Lost, Snooze
 from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Status, Step, Task, TaskPayload
@@ -133,9 +133,19 @@ def decide(step_id: UUID, tenant_id: UUID, *, run: bool, by: str, comment: str) 
     if not found.update(decided_by=by, comment=comment, **changes):
         return None
     step = Step.objects.get(id=step_id)
+    tell(step)
     wake([step.task_id])
     queues.wake()
     return step
+
+
+def tell(step: Step) -> None:
+    """How the step stands, to whoever watches its task."""
+    events.publish_step(
+        step.task_id, number=step.number, kind=step.kind, name=step.name, status=step.status,
+        call_id=step.call_id, background=step.child_id is not None, child_id=step.child_id,
+        error=step.error_class,
+    )  # fmt: skip
 
 
 def children_of(task: Task, ids: Sequence[UUID]) -> dict[UUID, Task]:

@@ -71,7 +71,7 @@ def frames_of(response: HttpResponseBase) -> list[tuple[str, str, Any]]:
     """The (id, event, data) of each server-sent event that has data."""
     found = []
     for block in body_of(response).decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
+        lines = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line)
         if "data" in lines:
             text = lines["data"]
             data = text if text == "[DONE]" else orjson.loads(text)

@@ -245,7 +245,7 @@ watch_task = extend_schema(
     operation_id="watch_task",
     summary="A task's events, as they happen",
     description="Server-sent events `state`, `delta`, `thinking`, `tool_call`, `reset`,"
-    " `snapshot`, `done`. Ends after a while; EventSource comes back by itself with"
+    " `step`, `snapshot`, `done`. Ends after a while; EventSource comes back by itself with"
     " Last-Event-ID. 204 after `done` was seen.",
     tags=["Tasks"],
     parameters=[

@@ -8,7 +8,7 @@ after it. A failing call is a result that the model sees, never the end of the t
 """
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -108,6 +108,7 @@ def stream(request: AgentRequest, context: Context) -> Generator[Event, None, Re
             check_caps(talk, context)
             number = talk.next_number
             answer = yield from ask(talk, context, number)
+            tell_turn(task, number, Step.Status.DONE)
             if not answer.tool_calls:
                 return answer
             talk.add(number, answer)
@@ -157,17 +158,15 @@ def ask(talk: Talk, context: Context, number: int) -> Generator[Event, None, Res
         context, step=number, ends_task=True, is_turn=True, exchange=None, grant=None, second=None,
         number=0, answering=0,
     )  # fmt: skip
-    events.publish(
-        context.task.id, "step", {"number": number, "kind": "model", "status": "running"}
-    )
+    if number and turn.may_restart:
+        # Watchers follow the new turn's text by itself.
+        yield Reset(context.task.attempts + 1, "turn")
+    tell_turn(context.task, number, Step.Status.RUNNING)
     chat: Request = replace(
         talk.request.chat,
         messages=talk.messages(),
         tools=(*specs(talk.names), *talk.request.chat.tools),
     )
-    if number and turn.may_restart:
-        # Watchers follow the new turn's text by itself.
-        yield Reset(context.task.attempts + 1)
     answer = call.stream(chat, turn)
     while True:
         try:
@@ -196,16 +195,8 @@ def run_calls(talk: Talk, context: Context) -> None:
     task = context.task
     answer, done = talk.turns[-1]
     base = talk.next_number - len(answer.tool_calls)
-    known = {step.number for step in done}
-    rows, children = [], []
-    for index, wanted in enumerate(answer.tool_calls):
-        if base + index not in known:
-            step, child = begun(talk, wanted, base + index, context)
-            rows.append(step)
-            children.extend([child] if child is not None else [])
-    steps.begin(task, rows, children)
-    new = {step.number for step in rows}
-    done.extend(rows)
+    new = begin_calls(talk, context, base, {step.number for step in done})
+    done.extend(new.values())
     for step in done:
         if step.status == Step.Status.RUNNING and step.number not in new:
             take_up(talk, task, step)
@@ -225,6 +216,21 @@ def run_calls(talk: Talk, context: Context) -> None:
         steps.block(task, waits)
 
 
+def begin_calls(talk: Talk, context: Context, base: int, known: Collection[int]) -> dict[int, Step]:
+    """Write down the last turn's calls that have no step yet; those steps by their numbers."""
+    answer, _ = talk.turns[-1]
+    rows, children = [], []
+    for number, wanted in enumerate(answer.tool_calls, base):
+        if number not in known:
+            step, child = begun(talk, wanted, number, context)
+            rows.append(step)
+            children.extend([child] if child is not None else [])
+    steps.begin(context.task, rows, children)
+    for step in rows:
+        steps.tell(step)
+    return {step.number: step for step in rows}
+
+
 def is_to_run(step: Step) -> bool:
     return step.kind == Step.Kind.TOOL and step.status in (
         Step.Status.RUNNING, Step.Status.APPROVED,
@@ -236,7 +242,8 @@ def begun(talk: Talk, wanted: ToolCall, number: int, context: Context) -> tuple[
     task = context.task
     step = Step(
         id=uuid7(), task_id=task.id, tenant_id=task.tenant_id, number=number,
-        kind=Step.Kind.TOOL, name=wanted.name[:100], call_id=wanted.id[:200],
+        kind=Step.Kind.TOOL, name=bodies.storable(wanted.name)[:100],
+        call_id=bodies.storable(wanted.id)[:200],
         status=Step.Status.RUNNING, started_at=pulse.now(),
     )  # fmt: skip
     if wanted.name == AWAIT and any(not tool.critical for tool in talk.names.values()):
@@ -247,7 +254,7 @@ def begun(talk: Talk, wanted: ToolCall, number: int, context: Context) -> tuple[
         return ended(step, fault), None
     if tool is None or isinstance(values, Result):
         raise TypeError("a call that was refused goes no further")
-    step.name, step.input = tool.reference, dict(values)
+    step.name, step.input = tool.reference, bodies.replaced(dict(values))
     if tool.needs_approval:
         step.status = Step.Status.APPROVAL
         return step, None
@@ -281,7 +288,7 @@ def refused(
 def ended(step: Step, result: Result) -> Step:
     step.status = Step.Status.FAILED if result.is_error else Step.Status.DONE
     step.error_class = result.error
-    step.output = {"content": result.content}
+    step.output = {"content": bodies.storable(result.content)}
     step.finished_at = pulse.now()
     return step
 
@@ -307,6 +314,7 @@ def take_up(talk: Talk, task: Task, step: Step) -> None:
     if tool is None or not tool.idempotent:
         # It may have happened: a person decides.
         steps.change(task, step, Step.Status.UNKNOWN)
+        steps.tell(step)
 
 
 def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
@@ -322,7 +330,7 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
     for step in wanted:
         if step.status == Step.Status.APPROVED:
             steps.change(task, step, Step.Status.RUNNING)
-        tell(task, step)
+            steps.tell(step)
     if len(wanted) == 1:
         run(wanted[0])
     threads = [threading.Thread(target=run, args=(step,), daemon=True) for step in wanted[1:]]
@@ -336,17 +344,15 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
         result = results[step.id]
         steps.change(
             task, step, Step.Status.FAILED if result.is_error else Step.Status.DONE,
-            output={"content": result.content}, error_class=result.error,
+            output={"content": bodies.storable(result.content)}, error_class=result.error,
         )  # fmt: skip
-        tell(task, step)
+        steps.tell(step)
 
 
-def tell(task: Task, step: Step) -> None:
-    """To whoever watches."""
-    events.publish(
-        task.id,
-        "step",
-        {"number": step.number, "kind": step.kind, "name": step.name, "status": step.status},
+def tell_turn(task: Task, number: int, status: str) -> None:
+    """A turn of the model, to whoever watches."""
+    events.publish_step(
+        task.id, number=number, kind=Step.Kind.MODEL, name=task.route, status=status
     )
 
 
@@ -384,7 +390,7 @@ def look_for_results(task: Task, step: Step) -> None:
     shown = {str(one): result_of(child) for one, child in found.items()}
     content = orjson.dumps({"results": shown}).decode()
     steps.change(task, step, Step.Status.DONE, output={"content": content})
-    tell(task, step)
+    steps.tell(step)
 
 
 def awaited(step: Step) -> list[UUID]:
