@@ -7,6 +7,7 @@ it runs in the real server. Nothing of it expires by itself meanwhile.
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ def rule(
     unit: str, amount: int, window: str = "", burst: int | None = None, number: int = 1
 ) -> Rule:
     """A limit of the provider `vendor`, without a row."""
-    row = Limit(id=number, unit=unit, amount=amount, window=window, burst=burst)
+    made = datetime.fromtimestamp(0, UTC)
+    row = Limit(id=number, unit=unit, amount=amount, window=window, burst=burst, created_at=made)
     return rules.rule_of(row)
 
 

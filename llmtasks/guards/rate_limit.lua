@@ -66,7 +66,8 @@ end
 -- Rates ------------------------------------------------------------------------------------------
 
 -- m: need (reserved), pace (expected), amount, burst, keep (what background work leaves),
---    per (the window, us; 0 for calls at once), slack (slots), seeds (Postgres knows what was used)
+--    per (the window, us; 0 for calls at once), slack (slots), seeds (Postgres knows what was used),
+--    made (when the limit was made, us)
 
 local function meters()
   for i, m in ipairs(args.meters) do m.key = KEYS[i] end
@@ -128,6 +129,8 @@ local function read_rate(m, since)
   -- Nobody knows what was used before a loss of Redis.
   m.back_at = since + m.per + (m.slack + 1) * m.width
   m.is_lost = tonumber(began) ~= since and now < m.back_at
+    -- What was used before the limit was made, no meter counted.
+    or not m.is_known and now < (m.made or 0) + m.per
   local start = now < m.back_at and since + m.burst * m.interval or now
   m.since = since
   m.all = math.max(tonumber(all) or start, now)

@@ -52,6 +52,8 @@ class Rule:
     burst: int
     # Whether a vendor's headers speak of the very calls that it counts.
     is_told: bool = False
+    # When it was made: what was used before, no meter counted.
+    made_us: int = 0
     # What the script is told of it for every call.
     told_always: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -64,6 +66,11 @@ class Rule:
     @property
     def per_us(self) -> int:
         return WINDOWS[self.window] * 1_000_000 if self.window else 0
+
+    @property
+    def seeds(self) -> bool:
+        """Whether Postgres is asked what was used of a window that no meter knows."""
+        return self.window not in ("", Limit.Window.SECOND)
 
     @property
     def slack_us(self) -> int:
@@ -95,7 +102,8 @@ class Rule:
                 keep=self.keep,
                 per=self.per_us,
                 slack=self.slack_us // width if width else 0,
-                seeds=self.window not in ("", Limit.Window.SECOND),
+                seeds=self.seeds,
+                made=self.made_us if self.seeds else 0,
             )
         return {"need": need, "pace": pace, **self.told_always}
 
@@ -181,6 +189,7 @@ def rule_of(row: Limit, models: int = 0) -> Rule:
         and is_whole
         and row.window == Limit.Window.MINUTE
         and bool(row.model or models <= 1),
+        made_us=int(row.created_at.timestamp() * 1e6),
     )
 
 

@@ -59,6 +59,7 @@ class Limit(models.Model):
         help_text="How much may be used at once after a pause; empty: 2 % of the requests, 5 % of"
         " the tokens, all of a day.",
     )
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
 
     class Meta:
         ordering = ("provider__name", "model", "tenant__name", "unit", "id")

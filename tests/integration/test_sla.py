@@ -161,6 +161,12 @@ def test_the_first_candidate_with_room_decides(caller: Caller, account: Provider
     assert [row.provider for row in Attempt.objects.order_by("id")] == [
         "sandbox", "second", "second",
     ]  # fmt: skip
+    # The two of before count.
+    limit("requests", 3, "minute", burst=3, provider=other)
+    later()
+    assert mode_of(caller.task("smart")) == "inline"
+    later()
+    assert mode_of(caller.task("smart")) == "queued"
 
 
 @pytest.mark.parametrize("state", ["breaker", "gate", "paused"])
