@@ -133,6 +133,6 @@ def test_the_corridor_itself_cancels_and_retries(login, tenant):
     task.refresh_from_db()
     assert task.status == Status.CANCELLED
     again = client.post(url, {"task": str(task.pk), "verb": "cancel"}, follow=True)
-    assert "Not cancelled: the task is cancelled already." in text(again)
+    assert "the task is cancelled already: there is nothing left to cancel." in text(again)
     gone = client.post(url, {"task": str(task.pk), "verb": "retry"}, follow=True)
     assert "Not retried: the task&#x27;s request was deleted" in text(gone)
