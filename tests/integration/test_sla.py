@@ -190,7 +190,7 @@ def test_a_process_whose_threads_are_taken_queues(caller: Caller):
     sla.threads = 4
     calls = [Task().id for _ in range(3)]
     for task_id in calls:
-        pulse.start().calls[task_id] = pulse.Call(print)
+        pulse.start().calls[task_id] = (pulse.Call(print),)
     try:
         assert mode_of(caller.task()) == "queued"
         del pulse.start().calls[calls.pop()]
