@@ -143,6 +143,25 @@ class CreatedFilter(ChoiceFilter):
         return queryset
 
 
+class ParentFilter(ChoiceFilter):
+    """The tasks of one run: a run's own page links to them."""
+
+    title = "run"
+    parameter_name = "part_of"
+    is_indexed = True
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[Any, str]]:
+        value = self.used_parameters.get(self.parameter_name)
+        return [(value, f"…{str(value)[-8:]}")] if value else []
+
+    def queryset(self, request: HttpRequest, queryset: Rows) -> Rows:
+        value = self.value()
+        if value is None:
+            return queryset
+        parent = as_uuid(value)
+        return queryset.none() if parent is None else queryset.filter(parent_id=parent)
+
+
 def providers() -> Choices:
     return [(name, name) for name in Provider.objects.values_list("name", flat=True)]
 

@@ -8,9 +8,10 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.admin import TabularInline
 
-from llmtasks.admin import bodies, cells, facts, steering
+from llmtasks.admin import bodies, cells, decisions, facts, steering
 from llmtasks.admin.lists import (
     CreatedFilter,
+    ParentFilter,
     Rows,
     TenantFilter,
     choice_filter,
@@ -87,7 +88,7 @@ class AttemptInline(TabularInline):
 
 
 @admin.register(Task)
-class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
+class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin, decisions.DecidingAdmin):
     list_display = (
         "short_id", "created", "status_label", "kind", "lane", "route", "provider",
         "tenant_name", "tokens", "shown_cost", "duration",
@@ -101,6 +102,7 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
         choice_filter("provider", providers),
         choice_filter("mode", Mode.choices),
         choice_filter("kind", Kind.choices),
+        ParentFilter,
     )
     list_select_related = ("tenant",)
     list_deferred = ("metadata", "error_message")
@@ -187,5 +189,7 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin):
         task = kwargs.get("obj")
         if task is not None and self.has_steer_permission(request):
             context["verbs"] = [v for v in steering.VERBS.values() if task.status in v.of_one]
+        if task is not None:
+            context["run"] = decisions.run_of(request, task)
         response: HttpResponse = super().render_change_form(request, context, *args, **kwargs)
         return response

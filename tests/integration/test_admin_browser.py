@@ -13,9 +13,10 @@ from django.urls import reverse
 from django.utils import timezone
 from playwright.sync_api import Page, expect, sync_playwright
 
-from llmtasks.models import Lane, Limit, Provider, ProviderEvent
+from llmtasks.models import Kind, Lane, Limit, Provider, ProviderEvent, Status, Task
 from tests import factories
 from tests.admin_pages import make_task, page
+from tests.integration.test_admin_runs import make_step, paid
 from tests.integration.test_health import call, vendor
 
 __all__ = ["vendor"]
@@ -145,3 +146,41 @@ def test_a_wrong_limit_is_told_at_its_field(busy: dict[str, int], browser: Page)
     browser.locator("[name=amount]").fill("5")
     browser.get_by_role("button", name="Save", exact=True).click()
     expect(browser.get_by_text("Calls at once have no window: empty it.")).to_be_visible()
+
+
+@pytest.fixture
+def run(vendor: Provider) -> Task:
+    """A run with another inside, many beside each other, and a call that waits for a person."""
+    tenant = factories.tenant()
+    task = make_task(tenant, kind=Kind.AGENT, status=Status.BLOCKED)
+    make_step(task, 0, "model", name="smart")
+    inner = make_task(tenant, kind=Kind.AGENT, parent_id=task.pk, status=Status.SUCCEEDED)
+    make_step(task, 1, name="asks", child_id=inner.pk)
+    for number in range(40):
+        make_step(inner, number, name=f"long-name-{number}" * 3, input={"x": "y" * 500})
+    paid(inner, "0.25")
+    make_step(task, 2, name="refund@1", status="approval", input={"cents": 900}, took=None)
+    return task
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_run_is_drawn_and_decided_on(run: Task, browser: Page, theme: str) -> None:
+    browser.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+    browser.goto(page("task", run.pk))
+    assert browser.evaluate(OVERFLOWING) == []
+    turn, call = (browser.locator(".lt-run .lt-node").nth(number) for number in (0, 1))
+    expect(call).to_contain_text("$0.25")
+    left, right = turn.bounding_box(), call.bounding_box()
+    assert left and right and left["x"] + left["width"] < right["x"]
+    assert len(set(colours_of(browser, ".lt-run > .lt-wave > .lt-node"))) == 2
+    browser.get_by_placeholder("Why").fill("fine")
+    browser.get_by_role("button", name="Approve").click()
+    expect(browser.get_by_text("Approved step 2, refund@1: the run goes on.")).to_be_visible()
+    expect(browser.get_by_role("button", name="Approve")).to_have_count(0)
+
+
+def colours_of(opened: Page, selector: str) -> list[str]:
+    script = "s => [...document.querySelectorAll(s)].map(n => getComputedStyle(n).borderLeftColor)"
+    found: list[str] = opened.evaluate(script, selector)
+    return found
