@@ -89,15 +89,15 @@ class End:
 
 INSERT_TASK = """
     INSERT INTO llmtasks_task (
-        id, tenant_id, key_id, kind, mode, lane, status, route, provider, "user", metadata,
+        id, tenant_id, key_id, kind, mode, lane, status, route, provider, prompt, "user", metadata,
         request_id, on_unknown, streams, created_at, run_at, not_before, deadline, started_at,
         seq, fence, owner_id, attempts, input_tokens, cached_input_tokens, cache_write_tokens,
         output_tokens, reasoning_tokens, cost_state, error_class, error_message, error_param,
         retry_of
     ) VALUES (
         %(task)s, %(tenant)s, %(key)s, %(kind)s, %(mode)s, %(lane)s, 'running', %(route)s,
-        %(provider)s, %(user)s, %(metadata)s, %(request_id)s, %(on_unknown)s, %(streams)s,
-        %(created_at)s, NULL, %(created_at)s, %(deadline)s, clock_timestamp(),
+        %(provider)s, %(prompt)s, %(user)s, %(metadata)s, %(request_id)s, %(on_unknown)s,
+        %(streams)s, %(created_at)s, NULL, %(created_at)s, %(deadline)s, clock_timestamp(),
         0, %(fence)s, %(owner)s, 1, 0, 0, 0, 0, 0, '', '', '', '', %(retry_of)s
     )"""
 
@@ -182,6 +182,7 @@ def new_task_values(task: Task) -> dict[str, Any]:
         "mode": task.mode,
         "lane": task.lane,
         "route": task.route,
+        "prompt": task.prompt,
         "user": task.user,
         "metadata": Jsonb(task.metadata),
         "request_id": task.request_id,

@@ -67,6 +67,8 @@ class Work:
     stream: bool | None = None
     idempotency: Idempotency | None = None
     retry_of: UUID | None = None
+    # The version of a prompt that the request was made of, `name@number`.
+    prompt: str = ""
 
 
 def inline(work: Work) -> Task:
@@ -157,6 +159,7 @@ def make(work: Work, mode: str) -> Task:
         status=Status.RUNNING if mode == Mode.INLINE else Status.WAITING,
         route=route,
         provider=provider,
+        prompt=work.prompt,
         user=work.user,
         metadata=work.metadata,
         request_id=work.request_id,
@@ -267,6 +270,7 @@ def retry(
         stream=task.streams,
         idempotency=idempotency,
         retry_of=task.id,
+        prompt=task.prompt,
     )
     [result] = queued([work])
     if isinstance(result, ApiError):

@@ -9,12 +9,14 @@ from django.contrib.auth.models import Permission, User
 from django.urls import reverse
 from django.utils import timezone
 
+from llmtasks import prompts
 from llmtasks.admin import lists, steering
 from llmtasks.models import (
     Adjustment,
     ApiKey,
     Attempt,
     CostState,
+    Feedback,
     Kind,
     Limit,
     Mode,
@@ -36,7 +38,7 @@ AMOUNTS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output"
 
 MODELS = (
     "task", "attempt", "worker", "provider", "route", "price", "adjustment", "tenant", "apikey",
-    "providermodel", "limit", "providerevent",
+    "providermodel", "limit", "providerevent", "prompt", "promptversion", "feedback",
 )  # fmt: skip
 
 
@@ -87,6 +89,10 @@ def everything(tenant, provider):
     Adjustment.objects.create(tenant=tenant, attempt=attempt, amount=-1, reason="r")
     Limit.objects.create(provider=provider, unit="requests", window="minute", amount=60)
     ProviderEvent.objects.create(provider="vendor", event="refused")
+    said = [{"role": "user", "content": "Hello"}]
+    version, _ = prompts.add_version(tenant.pk, "greet", messages=said, labels=["production"])
+    promptversion, prompt = version, version.prompt
+    feedback = Feedback.objects.create(tenant=tenant, task_id=task.pk, source="user", score=1)
     return locals()
 
 

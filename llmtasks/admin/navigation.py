@@ -17,6 +17,14 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         ),
     ),
     (
+        "Prompts",
+        (
+            ("llmtasks.prompt", "Prompts", "description"),
+            ("llmtasks.promptversion", "Versions", "history"),
+            ("llmtasks.feedback", "Feedback", "thumbs_up_down"),
+        ),
+    ),
+    (
         "Configuration",
         (
             ("llmtasks.provider", "Providers", "hub"),

@@ -4,11 +4,11 @@ from typing import Any
 
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.admin import TabularInline
 
-from llmtasks.admin import bodies, cells, decisions, facts, steering
+from llmtasks.admin import bodies, cells, decisions, facts, feedback, steering
 from llmtasks.admin.lists import (
     CreatedFilter,
     ParentFilter,
@@ -17,13 +17,13 @@ from llmtasks.admin.lists import (
     choice_filter,
     providers,
 )
-from llmtasks.models import Attempt, Kind, Lane, Mode, Status, Task
+from llmtasks.models import Attempt, Feedback, Kind, Lane, Mode, PromptVersion, Status, Task
 
 VIEW_BODIES = "llmtasks.view_bodies"
 
 FIRST = (
     "status_label", "kind", "mode", "lane",
-    "tenant_name", "user", "route", "provider",
+    "tenant_name", "user", "route", "provider", "shown_prompt",
     "tokens", "shown_cost", "attempts", "duration",
 )  # fmt: skip
 DETAILS = (
@@ -108,7 +108,7 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin, decisions.DecidingAdmi
     list_deferred = ("metadata", "error_message")
     search_help_text = "A task's whole id"
     inlines = (AttemptInline,)
-    wide_facts = frozenset({"shown_error", "conversation", "shown_metadata"})
+    wide_facts = frozenset({"shown_error", "conversation", "shown_metadata", "shown_feedback"})
 
     # --- the list -------------------------------------------------------------------------------
 
@@ -145,12 +145,14 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin, decisions.DecidingAdmi
     # --- the page of one task -------------------------------------------------------------------
 
     def get_facts(self, request: HttpRequest, obj: Task) -> list[facts.Group]:
-        groups: list[facts.Group] = [("", FIRST)]
+        # Most tasks have no prompt: no dash for it.
+        first = FIRST if obj.prompt else [name for name in FIRST if name != "shown_prompt"]
+        groups: list[facts.Group] = [("", first)]
         if obj.error_class:
             groups.append(("Error", ("error_class", "error_status", "error_param", "shown_error")))
         if request.user.has_perm(VIEW_BODIES):
             groups.append(("Prompt and answer", ("conversation",)))
-        return [*groups, ("Details", DETAILS)]
+        return [*groups, ("", ("shown_feedback",)), ("Details", DETAILS)]
 
     @admin.display(description="error")
     def shown_error(self, task: Task) -> SafeString:
@@ -159,6 +161,36 @@ class TaskAdmin(facts.FactsAdmin, steering.SteeringAdmin, decisions.DecidingAdmi
     @admin.display(description="")
     def conversation(self, task: Task) -> SafeString:
         return bodies.shown(task)
+
+    @admin.display(description="prompt")
+    def shown_prompt(self, task: Task) -> SafeString | str:
+        name, _, number = task.prompt.partition("@")
+        rows = PromptVersion.objects.filter(
+            prompt__tenant_id=task.tenant_id, prompt__name=name, number=int(number)
+        )
+        version = rows.first()
+        return (
+            task.prompt if version is None else cells.link("promptversion", version.pk, task.prompt)
+        )
+
+    @admin.display(description="feedback")
+    def shown_feedback(self, task: Task) -> SafeString | str:
+        """Without comments: those are on the feedback's own pages."""
+        return (
+            format_html_join(
+                " · ",
+                "{} {} {}",
+                (
+                    (
+                        cells.link("feedback", row.pk, row.source),
+                        feedback.shown_score(row.score),
+                        row.label,
+                    )
+                    for row in Feedback.objects.filter(task_id=task.pk).order_by("source")[:50]
+                ),
+            )
+            or cells.NOTHING
+        )
 
     @admin.display(description="API key")
     def api_key(self, task: Task) -> SafeString | str:

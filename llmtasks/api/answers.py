@@ -256,6 +256,7 @@ def summary(task: Task) -> dict[str, Any]:
         "lane": task.lane,
         "model": task.route,
         "provider": task.provider or None,
+        "prompt": task.prompt or None,
         "created_at": moment(task.created_at),
         "started_at": moment(task.started_at),
         "finished_at": moment(task.finished_at),

@@ -186,6 +186,7 @@ def work_of(
     user: str | None,
     stream: bool | None = None,
     idempotency: Idempotency | None = None,
+    prompt: str = "",
 ) -> Work:
     return Work(
         tenant_id=principal.tenant_id,
@@ -201,6 +202,7 @@ def work_of(
         on_unknown=when.on_unknown,
         stream=stream,
         idempotency=idempotency,
+        prompt=prompt,
     )
 
 

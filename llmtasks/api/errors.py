@@ -32,7 +32,7 @@ from llmtasks.telemetry import request_id_var
 logger = logging.getLogger(__name__)
 
 API = "/v1/"
-NATIVE = ("/v1/tasks", "/v1/tools", "/v1/providers")
+NATIVE = ("/v1/tasks", "/v1/tools", "/v1/providers", "/v1/prompts", "/v1/feedback")
 NOTHING_HERE = "There is nothing here; /v1/docs lists what there is."
 FAULT = "Internal error; the log has it as {}."
 POSTGRES_AWAY = (

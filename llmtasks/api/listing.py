@@ -25,7 +25,7 @@ CHOICES: dict[str, list[str]] = {
     "lane": [str(value) for value in Lane.values],
     "kind": [str(value) for value in Kind.values],
 }
-TEXTS = {"model": "route", "user": "user"}
+TEXTS = {"model": "route", "user": "user", "prompt": "prompt"}
 KNOWN = (*CHOICES, *TEXTS, "created_after", "created_before", "limit", "cursor")
 
 

@@ -7,7 +7,7 @@ from django.http.response import HttpResponseBase
 from rest_framework.request import Request
 
 from llmtasks import execute, routing, submit
-from llmtasks.api import answers, bodies, limits, schema
+from llmtasks.api import answers, bodies, limits, prompts, schema
 from llmtasks.api.bodies_chat import CHAT, ChatBody
 from llmtasks.api.bodies_embeddings import EMBEDDING, EmbeddingBody
 from llmtasks.api.doors import (
@@ -44,7 +44,8 @@ class ChatCompletions(ApiView):
         principal = principal_of(request)
         principal.require(Scope.WRITE)
         raw = read_body(request)
-        body = bodies.check(CHAT, bodies.decode(raw))
+        given, prompt = prompts.of_chat(principal, bodies.decode(raw))
+        body = bodies.check(CHAT, given)
         prefer = preferences_of(request)
         in_background = wants_queue(body, prefer)
         if in_background and body.stream:
@@ -58,6 +59,7 @@ class ChatCompletions(ApiView):
             user=body.user,
             stream=True if body.stream else None,
             idempotency=idempotency_of(request, raw, "/v1/chat/completions"),
+            prompt=prompt,
         )
         if earlier := earlier_task(work.tenant_id, work.idempotency):
             return tell_replayed(replayed_chat(earlier, body, prefer))

@@ -9,6 +9,7 @@ from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from llmtasks.api import shapes
 from llmtasks.api.bodies_chat import ChatBody
 from llmtasks.api.bodies_embeddings import EmbeddingBody
+from llmtasks.api.bodies_prompts import NewFeedback, NewLabel, NewVersion
 from llmtasks.api.bodies_tasks import (
     BulkBody,
     Decision,
@@ -200,6 +201,7 @@ list_tasks = extend_schema(
         query("kind", "One or more, parted by commas."),
         query("model", "The route."),
         query("user", "Your end user."),
+        query("prompt", "The version of a prompt, name@number."),
         query("created_after", "Not before this time, 2030-01-31T12:00:00Z."),
         query("created_before", "Before this time."),
     ],
@@ -209,7 +211,7 @@ get_task = extend_schema(
     operation_id="get_task",
     summary="A task",
     tags=["Tasks"],
-    responses={200: told(shapes.Task, "The task."), **problems(*READING)},
+    responses={200: told(shapes.TaskWithFeedback, "The task."), **problems(*READING)},
 )
 cancel_task = extend_schema(
     operation_id="cancel_task",
@@ -291,4 +293,76 @@ decide_step = extend_schema(
     tags=["Tasks"],
     request={"application/json": Decision},
     responses={200: told(shapes.StepShape, "The step."), **problems(*READING, 409)},
+)
+list_prompts = extend_schema(
+    operation_id="list_prompts",
+    summary="Your prompts, by name",
+    tags=["Prompts"],
+    parameters=[query("cursor", "`next_cursor` of the page before.")],
+    responses={200: told(shapes.PromptPage, "A page."), **problems(401, 403, 503)},
+)
+create_prompt = extend_schema(
+    operation_id="create_prompt",
+    summary="Add a prompt's next version",
+    description="The first makes the prompt. One that says what the last says is the last: 200.",
+    tags=["Prompts"],
+    request={"application/json": NewVersion},
+    responses={
+        200: told(shapes.PromptVersionShape, "The last version says just that."),
+        201: told(shapes.PromptVersionShape, "The new version."),
+        **problems(400, 401, 403, 413, 503),
+    },
+)
+get_prompt = extend_schema(
+    operation_id="get_prompt",
+    summary="A prompt with its newest versions",
+    tags=["Prompts"],
+    responses={200: told(shapes.PromptWithVersions, "The prompt."), **problems(*READING)},
+)
+get_prompt_version = extend_schema(
+    operation_id="get_prompt_version",
+    summary="One version of a prompt",
+    tags=["Prompts"],
+    responses={200: told(shapes.PromptVersionShape, "The version."), **problems(*READING)},
+)
+set_label = extend_schema(
+    operation_id="set_label",
+    summary="Have a label stand for a version",
+    description="In force at once. `production` is what runs where no version is named; `canary`"
+    " takes its share of that.",
+    tags=["Prompts"],
+    request={"application/json": NewLabel},
+    responses={200: told(shapes.PromptShape, "The prompt."), **problems(*READING, 403)},
+)
+get_feedback = extend_schema(
+    operation_id="get_feedback",
+    summary="What was thought of a task's answer",
+    tags=["Feedback"],
+    responses={200: told(shapes.FeedbackPage, "One for each source."), **problems(*READING)},
+)
+give_feedback = extend_schema(
+    operation_id="give_feedback",
+    summary="Say what was thought of a task's answer",
+    description="A source's feedback replaces its earlier one, so that repeating it is harmless.",
+    tags=["Feedback"],
+    request={"application/json": NewFeedback},
+    responses={
+        200: told(shapes.FeedbackPage, "It replaced the source's earlier one."),
+        201: told(shapes.FeedbackPage, "The source's first."),
+        **problems(*READING, 403),
+    },
+)
+export_feedback = extend_schema(
+    operation_id="export_feedback",
+    summary="Your tasks with feedback, as lines of JSON",
+    description="The oldest first, with request and response where they are still kept.",
+    tags=["Feedback"],
+    parameters=[
+        query("created_after", "Tasks made not before this time, 2030-01-31T12:00:00Z."),
+        query("created_before", "Tasks made before this time."),
+    ],
+    responses={
+        (200, "application/jsonl"): told(str, "A line for each task."),
+        **problems(400, 401, 403, 503),
+    },
 )

@@ -65,6 +65,7 @@ class TaskSummary(BaseModel):
     lane: Literal["interactive", "default", "bulk"]
     model: str = Field(description="The route that was asked for.")
     provider: str | None
+    prompt: str | None = Field(description="The version of a prompt that ran, `name@number`.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -82,6 +83,60 @@ class Task(TaskSummary):
     """A task. `output` is what its kind's own path would have answered."""
 
     output: dict[str, Any] | None
+
+
+class FeedbackShape(BaseModel):
+    source: str
+    score: float | None = Field(description="From -1 (bad) to 1 (good).")
+    label: str | None
+    comment: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class FeedbackPage(BaseModel):
+    object: Literal["list"]
+    data: list[FeedbackShape]
+
+
+class TaskWithFeedback(Task):
+    """`feedback` is there where somebody gave any."""
+
+    feedback: list[FeedbackShape] | None = None
+
+
+class PromptVersionShape(BaseModel):
+    object: Literal["prompt_version"]
+    prompt: str = Field(description="`name@number`: what a chat names, and what its task says.")
+    name: str
+    version: int
+    messages: list[dict[str, str]]
+    variables: dict[str, Any]
+    model: str | None
+    parameters: dict[str, Any]
+    note: str
+    created_by: str | None
+    created_at: datetime
+
+
+class PromptShape(BaseModel):
+    object: Literal["prompt"]
+    name: str
+    description: str
+    latest: int | None
+    labels: dict[str, dict[str, int]]
+    created_at: datetime
+
+
+class PromptWithVersions(PromptShape):
+    versions: list[PromptVersionShape]
+
+
+class PromptPage(BaseModel):
+    object: Literal["list"]
+    data: list[PromptShape]
+    has_more: bool
+    next_cursor: str | None
 
 
 class AcceptedTask(Task):

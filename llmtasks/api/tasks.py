@@ -9,8 +9,8 @@ from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from rest_framework.request import Request
 
-from llmtasks import execute, pulse, sla, submit
-from llmtasks.api import answers, auth, bodies, schema
+from llmtasks import execute, feedback, pulse, sla, submit
+from llmtasks.api import answers, auth, bodies, prompts, schema
 from llmtasks.api.bodies_tasks import (
     BULK,
     TASK,
@@ -38,7 +38,7 @@ from llmtasks.api.openai import NOT_STREAMED, socket_of, tell_outcome
 from llmtasks.api.streaming import stream_events
 from llmtasks.api.tools import check_work
 from llmtasks.api.waiting import accepted, load, tell_preferences, url_of, watched
-from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused
+from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused, NotFound
 from llmtasks.execute import Outcome
 from llmtasks.models import FINAL, IdempotencyKey, Mode, Scope, Status, Task
 from llmtasks.submit import Idempotency, Work
@@ -55,9 +55,10 @@ class Tasks(ApiView):
         principal = principal_of(request)
         principal.require(Scope.WRITE)
         raw = read_body(request)
-        body = bodies.check(TASK, bodies.decode(raw))
+        given, prompt = prompts.of_task(principal, bodies.decode(raw))
+        body = bodies.check(TASK, given)
         idempotency = idempotency_of(request, raw, "/v1/tasks")
-        work = work_for(principal, body, idempotency)
+        work = work_for(principal, body, idempotency, prompt)
         wishes = preferences_of(request)
         if earlier := earlier_task(work.tenant_id, idempotency):
             return tell_replayed(of_earlier(earlier, body, wishes))
@@ -103,7 +104,10 @@ class OneTask(ApiView):
     def get(self, request: Request, task_id: UUID) -> HttpResponse:
         principal = principal_of(request)
         principal.require(Scope.READ, task_id)
-        return answers.json_response(answers.task_row(load(task_id, principal.tenant_id)))
+        task = load(task_id, principal.tenant_id)
+        given = [feedback.shown(row) for row in feedback.of(task_id, principal.tenant_id)]
+        with_it = {"feedback": given} if given else {}
+        return answers.json_response(answers.task_row(task) | with_it)
 
 
 class Cancel(ApiView):
@@ -177,7 +181,12 @@ class Events(ApiView):
 # --- One task -------------------------------------------------------------------------------
 
 
-def work_for(principal: auth.Principal, body: AnyNewTask, idempotency: Idempotency | None) -> Work:
+def work_for(
+    principal: auth.Principal,
+    body: AnyNewTask,
+    idempotency: Idempotency | None,
+    prompt: str,
+) -> Work:
     """What the body asks for. Raises InvalidInput."""
     given = body.input
     streams = bool(getattr(given, "stream", None))
@@ -192,6 +201,7 @@ def work_for(principal: auth.Principal, body: AnyNewTask, idempotency: Idempoten
         user=getattr(given, "user", None) if body.user is None else body.user,
         stream=streams or None,
         idempotency=idempotency,
+        prompt=prompt,
     )
 
 
@@ -254,11 +264,12 @@ def parsed_item(
     principal: auth.Principal, item: Any, place: str, idempotency: Idempotency | None
 ) -> Work | ApiError:
     try:
-        body = bodies.check(TASK, item, place)
+        given, prompt = prompts.of_task(principal, item, f"{place}.")
+        body = bodies.check(TASK, given, place)
         if body.mode == "inline":
             raise InvalidInput("many tasks are queued: leave mode out", param=f"{place}.mode")
-        return work_for(principal, body, idempotency)
-    except InvalidInput as error:
+        return work_for(principal, body, idempotency, prompt)
+    except (InvalidInput, NotFound) as error:
         return error
 
 

@@ -5,7 +5,17 @@ from django.urls import path, re_path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
-from llmtasks.api import health, metrics, openai, providers, schema, tasks, tools
+from llmtasks.api import (
+    feedback,
+    health,
+    metrics,
+    openai,
+    prompts,
+    providers,
+    schema,
+    tasks,
+    tools,
+)
 from llmtasks.api.errors import NOTHING_HERE, answer
 from llmtasks.errors import NotFound
 
@@ -24,6 +34,11 @@ urlpatterns = [
     path("v1/embeddings", openai.Embeddings.as_view()),
     path("v1/models", openai.Models.as_view()),
     path("v1/models/<path:name>", openai.Model.as_view()),
+    path("v1/feedback/export", feedback.Export.as_view()),
+    path("v1/prompts", prompts.Prompts.as_view()),
+    path("v1/prompts/<str:name>", prompts.OnePrompt.as_view()),
+    path("v1/prompts/<str:name>/labels", prompts.Labels.as_view()),
+    path("v1/prompts/<str:name>/versions/<int:number>", prompts.OneVersion.as_view()),
     path("v1/providers", providers.Providers.as_view()),
     path("v1/tasks", tasks.Tasks.as_view()),
     path("v1/tasks/bulk", tasks.Bulk.as_view()),
@@ -33,6 +48,7 @@ urlpatterns = [
     path("v1/tasks/<uuid:task_id>/token", tasks.Token.as_view()),
     path("v1/tasks/<uuid:task_id>/steps", tools.Steps.as_view()),
     path("v1/tasks/<uuid:task_id>/decide", tools.Decide.as_view()),
+    path("v1/tasks/<uuid:task_id>/feedback", feedback.Feedback.as_view()),
     path("v1/tasks/<uuid:task_id>/events", tasks.Events.as_view()),
     path("v1/tools", tools.Tools.as_view()),
     path("v1/tools/<str:name>/invoke", tools.Invoke.as_view()),

@@ -1,9 +1,10 @@
 """The tables: who asks (tenancy), what is configured (config), what may be used (limits), work
-and its steps, money."""
+and its steps, money, prompts and feedback."""
 
 from llmtasks.models.config import Config, Provider, ProviderModel, Route, RouteCandidate
 from llmtasks.models.limits import WINDOWS, Limit, ProviderEvent
 from llmtasks.models.money import Adjustment, Attempt, CostState, Price
+from llmtasks.models.prompts import Feedback, Prompt, PromptLabel, PromptVersion
 from llmtasks.models.steps import Step
 from llmtasks.models.tenancy import ApiKey, Scope, Tenant
 from llmtasks.models.work import (
@@ -27,6 +28,7 @@ __all__ = [
     "Attempt",
     "Config",
     "CostState",
+    "Feedback",
     "IdempotencyKey",
     "Kind",
     "Lane",
@@ -34,6 +36,9 @@ __all__ = [
     "Mode",
     "OnUnknown",
     "Price",
+    "Prompt",
+    "PromptLabel",
+    "PromptVersion",
     "Provider",
     "ProviderEvent",
     "ProviderModel",

@@ -20,6 +20,7 @@ class Scope(models.TextChoices):
     WRITE = "write", "create and cancel work"
     READ = "read", "read tasks, models and usage"
     TOOLS = "tools", "use tools and agents"
+    PROMPTS = "prompts", "add prompts' versions and move their labels"
 
 
 def all_scopes() -> list[str]:

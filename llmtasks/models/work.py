@@ -104,6 +104,8 @@ class Task(models.Model):
     route = models.CharField(max_length=100)
     # The provider whose queue it goes to, then the one that answered.
     provider = models.CharField(max_length=40, blank=True)
+    # The version of a prompt that ran, `name@number`; versions never change.
+    prompt = models.CharField(max_length=80, blank=True, default="", db_default="")
     user = models.CharField(max_length=200, blank=True)
     metadata = models.JSONField(default=dict, blank=True)
     request_id = models.CharField(max_length=100, blank=True)
@@ -177,6 +179,9 @@ class Task(models.Model):
             models.Index(fields=("tenant", "status", "id"), name="task_by_status"),
             models.Index(
                 fields=("tenant", "user", "id"), name="task_by_user", condition=~Q(user="")
+            ),
+            models.Index(
+                fields=("tenant", "prompt", "id"), name="task_by_prompt", condition=~Q(prompt="")
             ),
             models.Index(fields=("status", "id"), name="task_all_by_status"),
             models.Index(

@@ -13,9 +13,12 @@ from llmtasks.models import (
     Adjustment,
     ApiKey,
     Attempt,
+    Feedback,
     Lane,
     Limit,
     Price,
+    Prompt,
+    PromptVersion,
     Provider,
     ProviderEvent,
     ProviderModel,
@@ -51,6 +54,7 @@ def test_every_list_and_page_opens(login, everything, model):
         "adjustment": Adjustment, "providermodel": ProviderModel, "apikey": ApiKey,
         "task": Task, "attempt": Attempt, "provider": Provider, "route": Route,
         "price": Price, "tenant": Tenant, "limit": Limit, "providerevent": ProviderEvent,
+        "prompt": Prompt, "promptversion": PromptVersion, "feedback": Feedback,
     }  # fmt: skip
     # This process, too, is a worker, once it has a pulse.
     row = everything["worker"] if model == "worker" else rows[model].objects.get()
@@ -58,7 +62,18 @@ def test_every_list_and_page_opens(login, everything, model):
 
 
 @pytest.mark.parametrize(
-    "model", ["provider", "route", "price", "adjustment", "tenant", "apikey", "limit"]
+    "model",
+    [
+        "provider",
+        "route",
+        "price",
+        "adjustment",
+        "tenant",
+        "apikey",
+        "limit",
+        "prompt",
+        "promptversion",
+    ],
 )
 def test_every_form_opens(login, model):
     assert text(login("*").get(reverse(f"admin:llmtasks_{model}_add")))

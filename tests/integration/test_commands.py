@@ -172,7 +172,7 @@ def test_a_tenant_is_made_only_when_asked_for():
     with pytest.raises(CommandError, match="no tenant 'acme'"):
         run("issue_key", "acme", "backend")
     run("issue_key", "acme", "backend", "--create-tenant")
-    assert ApiKey.objects.get().scopes == ["write", "read", "tools"]
+    assert ApiKey.objects.get().scopes == ["write", "read", "tools", "prompts"]
     with pytest.raises(CommandError, match="TENANT: "):
         run("issue_key", "not a slug", "backend", "--create-tenant")
     with pytest.raises(CommandError, match="NAME: "):
