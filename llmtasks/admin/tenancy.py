@@ -14,6 +14,7 @@ from unfold.admin import ModelAdmin
 from llmtasks.admin import cells
 from llmtasks.admin.lists import Rows, TenantFilter
 from llmtasks.models import ApiKey, Scope, Tenant
+from llmtasks.tools.registry import registry
 
 
 @admin.register(Tenant)
@@ -28,7 +29,7 @@ class TenantAdmin(ModelAdmin):
     readonly_fields = ("id", "created_at", "rows")
 
     def get_fields(self, request: HttpRequest, obj: Tenant | None = None) -> tuple[str, ...]:
-        return ("name", "is_active", "weight", *(self.readonly_fields if obj else ()))
+        return ("name", "is_active", "weight", "tools", *(self.readonly_fields if obj else ()))
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
@@ -45,14 +46,20 @@ class TenantAdmin(ModelAdmin):
         return SafeString(" · ".join(links))
 
 
+def scopes() -> list[tuple[str, str]]:
+    """Ours, and those that tools ask for."""
+    asked = sorted({scope for tool in registry.all() for scope in tool.scopes} - set(Scope.values))
+    return [*Scope.choices, *((scope, f"tools that ask for {scope!r}") for scope in asked)]
+
+
 class KeyForm(ModelForm):  # type: ignore[type-arg]
     scopes = forms.MultipleChoiceField(
-        choices=Scope.choices, widget=forms.CheckboxSelectMultiple, initial=Scope.values
+        choices=scopes, widget=forms.CheckboxSelectMultiple, initial=Scope.values
     )
 
     class Meta:
         model = ApiKey
-        fields = ("tenant", "name", "scopes", "expires_at")
+        fields = ("tenant", "name", "scopes", "tools", "expires_at")
 
 
 @admin.register(ApiKey)
@@ -76,7 +83,8 @@ class ApiKeyAdmin(ModelAdmin):
     shown = ("public_part", "state_label", "created_at", "last_used_at", "revoked_at")
 
     def get_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
-        return ("tenant", "name", "scopes", "expires_at", *(self.shown if obj else ()))
+        fields = ("tenant", "name", "scopes", "tools", "expires_at")
+        return (*fields, *(self.shown if obj else ()))
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         return ("tenant", *self.shown) if obj else ()

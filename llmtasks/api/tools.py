@@ -27,6 +27,7 @@ from llmtasks.api.openai import socket_of
 from llmtasks.api.waiting import accepted, load, url_of
 from llmtasks.errors import Conflict, InvalidInput, NotFound
 from llmtasks.models import Kind, Mode, Scope, Step, Task
+from llmtasks.tools import allowed
 from llmtasks.tools.registry import Tool, registry
 from llmtasks.tools.run import fault_of
 
@@ -133,7 +134,7 @@ def shown(tool: Tool) -> dict[str, Any]:
 
 
 def may_use(principal: Principal, tool: Tool) -> bool:
-    return Scope.TOOLS in principal.scopes and tool.scopes <= principal.scopes
+    return not allowed.fault(tool, principal.tenant_id, principal.key_id)
 
 
 def usable(principal: Principal, reference: str, param: str | None = None) -> Tool:

@@ -6,7 +6,7 @@ import secrets
 from datetime import datetime
 
 from django.contrib.postgres.fields import ArrayField
-from django.core.validators import MaxValueValidator, MinValueValidator
+from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.utils import timezone
 from uuid_utils.compat import uuid7
@@ -27,6 +27,24 @@ def all_scopes() -> list[str]:
     return [str(value) for value in Scope.values]
 
 
+def all_tools() -> list[str]:
+    return ["*"]
+
+
+def tool_names(about: str) -> "ArrayField[list[str], list[str]]":
+    """A list of the tools that somebody may use."""
+    name = models.CharField(
+        max_length=80,
+        validators=[
+            RegexValidator(
+                r"^(\*|[a-zA-Z][a-zA-Z0-9_-]*(\*|@[1-9][0-9]{0,7})?)\Z",
+                "Give a tool's name, name@version, or a beginning and * at the end.",
+            )
+        ],
+    )
+    return ArrayField(name, default=all_tools, blank=True, help_text=about)
+
+
 class Tenant(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     name = models.SlugField(max_length=64, unique=True)
@@ -35,6 +53,10 @@ class Tenant(models.Model):
         default=1,
         validators=[MinValueValidator(1), MaxValueValidator(1000)],
         help_text="Its share of turns while others wait too: 2 gets twice as many as 1.",
+    )
+    tools = tool_names(
+        "The tools that its keys may use at the most: names, name@version, shop_*; * is all,"
+        " nothing is none."
     )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
@@ -54,7 +76,12 @@ class ApiKey(models.Model):
     name = models.CharField(max_length=100)
     prefix = models.CharField(max_length=PREFIX_LENGTH, unique=True, editable=False)
     secret_hash = models.CharField(max_length=64, editable=False)
-    scopes = ArrayField(models.CharField(max_length=16, choices=Scope), default=all_scopes)
+    # One of `Scope`, or a word of its own that a tool asks for.
+    scopes = ArrayField(models.CharField(max_length=40), default=all_scopes)
+    tools = tool_names(
+        "Of those that its tenant may use and its scopes allow: names, name@version, shop_*;"
+        " * is all, nothing is none."
+    )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True)

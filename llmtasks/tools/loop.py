@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 from llmtasks import bodies, call, events, pulse, steps
 from llmtasks.bodies import AgentRequest, ToolRequest
 from llmtasks.context import Context, Event, Reset, drop_error
-from llmtasks.errors import AgentStopped
+from llmtasks.errors import AgentStopped, NotFound
 from llmtasks.models import Kind, Mode, Status, Step, Task
 from llmtasks.routing import TOOLS
 from llmtasks.tools import run as tool_run
@@ -126,13 +126,21 @@ def resume(request: AgentRequest, done: Sequence[Step]) -> Talk:
 
 
 def model_names(references: Sequence[str]) -> dict[str, Tool]:
-    """Each tool by the name that the model calls it by. Raises NotFound."""
-    found = [registry.find(reference) for reference in references]
+    """Each tool by the name that the model calls it by. One that is gone is left out: calls of it
+    are told so."""
+    found = [tool for name in references if (tool := known(name)) is not None]
     names: dict[str, Tool] = {}
     for tool in found:
         is_one = sum(other.name == tool.name for other in found) == 1
         names[tool.name if is_one else f"{tool.name}_v{tool.version}"] = tool
     return names
+
+
+def known(reference: str) -> Tool | None:
+    try:
+        return registry.find(reference)
+    except NotFound:
+        return None
 
 
 def check_caps(talk: Talk, context: Context) -> None:
@@ -274,6 +282,8 @@ def refused(
         return Result(f"there is no tool {wanted.name!r}: there is {known}", "UnknownTool")
     if isinstance(values, Result):
         return values
+    if refusal := tool_run.refused(tool, caller_of(context)):
+        return refusal
     if fault := tool_run.fault_of(tool.parameters, values):
         return Result(f"the arguments fit no call of {tool.name}: {fault}", "BadArguments")
     if talk.repeats(wanted) >= MOST_REPEATS:
@@ -321,11 +331,16 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
     """Run critical calls at the same time; each one's result is written as it comes."""
     by_reference = {tool.reference: tool for tool in talk.names.values()}
     task = context.task
-    caller = Caller(task.tenant_id, task.key_id, True, context.left_s)
+    caller = caller_of(context)
     results: dict[UUID, Result] = {}
 
     def run(step: Step) -> None:
-        results[step.id] = tool_run.run(by_reference[step.name], step.input or {}, caller)
+        tool = by_reference.get(step.name)
+        results[step.id] = (
+            Result(f"there is no tool {step.name} any more", "UnknownTool")
+            if tool is None
+            else tool_run.run(tool, step.input or {}, caller)
+        )
 
     for step in wanted:
         if step.status == Step.Status.APPROVED:
@@ -347,6 +362,10 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
             output={"content": bodies.storable(result.content)}, error_class=result.error,
         )  # fmt: skip
         steps.tell(step)
+
+
+def caller_of(context: Context) -> Caller:
+    return Caller(context.task.tenant_id, context.task.key_id, True, context.left_s)
 
 
 def tell_turn(task: Task, number: int, status: str) -> None:

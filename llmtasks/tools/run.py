@@ -13,6 +13,7 @@ from uuid import UUID
 
 import jsonschema  # type: ignore[import-untyped]
 import orjson
+from django.db import OperationalError
 from pydantic_core import PydanticSerializationError, to_json
 from uuid_utils.compat import uuid7
 
@@ -22,6 +23,7 @@ from llmtasks.guards.rate_limit import Grant, Meter, Need, Used
 from llmtasks.guards.rules import Rule
 from llmtasks.models import Limit
 from llmtasks.routing import TOOLS
+from llmtasks.tools import allowed
 from llmtasks.tools.registry import BadArguments, Tool, ToolError
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ def run(tool: Tool, arguments: str | Mapping[str, Any], caller: Caller) -> Resul
     values = values_of(arguments)
     if isinstance(values, Result):
         return values
+    if refusal := refused(tool, caller):
+        return refusal
     until = time.monotonic() + caller.left_s
     result = once(tool, values, caller, until, is_again=False)
     for number in range(tool.retries):
@@ -76,6 +80,15 @@ def run(tool: Tool, arguments: str | Mapping[str, Any], caller: Caller) -> Resul
         log.info("retry", extra={"tool": tool.reference, "error": result.error, "wait_s": pause_s})
         result = once(tool, values, caller, until, is_again=True)
     return result
+
+
+def refused(tool: Tool, caller: Caller) -> Result | None:
+    """What whoever may not use the tool is told."""
+    try:
+        fault = allowed.fault(tool, caller.tenant_id, caller.key_id)
+    except OperationalError:
+        return Result("who may use tools can't be read now: try later", "ToolUnavailable")
+    return Result(fault, "NotAllowed") if fault else None
 
 
 def values_of(arguments: str | Mapping[str, Any]) -> Mapping[str, Any] | Result:

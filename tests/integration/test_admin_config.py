@@ -16,6 +16,7 @@ from llmtasks.models import (
     Tenant,
 )
 from llmtasks.models.tenancy import split
+from llmtasks.tools import registry as tools
 from tests.admin_pages import changelist, page, squeezed, text
 
 pytestmark = pytest.mark.django_db
@@ -52,6 +53,30 @@ def test_an_edit_keeps_the_secret(login, tenant):
         key.secret_hash,
         tenant,
     )
+
+
+def test_tools_are_named_one_by_one_or_by_their_beginning(login, tenant):
+    client = login("*")
+    values = {"name": "acme", "is_active": "on", "weight": "1", "tools": "look_up,shop_*,mail@2"}
+    assert client.post(page("tenant", tenant.pk), values).status_code == 302
+    tenant.refresh_from_db()
+    assert tenant.tools == ["look_up", "shop_*", "mail@2"]
+    for wrong in ("two words", "*shop", "mail@0"):
+        refused = client.post(page("tenant", tenant.pk), values | {"tools": wrong})
+        assert "Give a tool" in str(refused.context["adminform"].form.errors["tools"])
+    assert client.post(page("tenant", tenant.pk), values | {"tools": ""}).status_code == 302
+    tenant.refresh_from_db()
+    assert tenant.tools == []
+
+
+def test_a_key_can_have_the_scope_that_a_tool_asks_for(login, tenant, monkeypatch):
+    box = tools.Registry()
+    monkeypatch.setattr(tools.registry, "tools", box.tools)
+    box.add(tools.of_function(lambda: None, name="audited", scopes=["audit"]))
+    values = {"tenant": tenant.pk, "name": "k", "scopes": ["tools", "audit"], "tools": "audited"}
+    assert login("*").post(reverse("admin:llmtasks_apikey_add"), values).status_code == 200
+    key = ApiKey.objects.get()
+    assert (key.scopes, key.tools) == (["tools", "audit"], ["audited"])
 
 
 def test_keys_are_revoked_and_it_is_logged(login, tenant):

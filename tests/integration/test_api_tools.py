@@ -40,9 +40,11 @@ def toolbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[tools.Registry]:
 
 
 class Caller:
-    def __init__(self, tenant: Tenant, *scopes: str) -> None:
-        key, text = ApiKey.issue(tenant, "k", scopes=list(scopes) or list(Scope.values))
-        key.save()
+    def __init__(self, tenant: Tenant, *scopes: str, **fields: Any) -> None:
+        self.key, text = ApiKey.issue(
+            tenant, "k", scopes=list(scopes) or list(Scope.values), **fields
+        )
+        self.key.save()
         self.client = Client(headers={"authorization": f"Bearer {text}"})
 
     def get(self, path: str) -> Any:
@@ -78,6 +80,52 @@ def test_the_list_holds_what_the_key_may_use(caller: Caller, tenant: Tenant) -> 
     assert len(auditor.get("/v1/tools").json()["data"]) == 5
     assert auditor.post("/v1/tools/secret/invoke", {"arguments": {"order": 1}}).status_code == 200
     assert caller.post("/v1/tools/secret/invoke", {"arguments": {"order": 1}}).status_code == 404
+
+
+def test_what_a_tenant_and_a_key_may_use(account: Provider) -> None:
+    factories.route("script", (account, "script"))
+    tenant = factories.tenant(tools=["look_up", "delete", "secret"])
+    caller = Caller(tenant, tools=["look_up@1", "send_*", "secret"])
+    names = [one["reference"] for one in caller.get("/v1/tools").json()["data"]]
+    assert names == ["look_up@1"]
+    body = {"arguments": {"order": 1}}
+    assert caller.post("/v1/tools/look_up@1/invoke", body).status_code == 200
+    for name in ("look_up", "look_up@2", "delete", "send_mail", "secret"):
+        answer = caller.post(f"/v1/tools/{name}/invoke", body)
+        assert answer.status_code == 404
+        assert "GET /v1/tools lists those that you may use" in answer.json()["detail"]
+    refused = caller.post("/v1/tasks", agent(tools=["look_up"]))
+    assert (refused.status_code, refused.json()["param"]) == (404, "input.tools")
+    assert caller.post("/v1/tasks", agent(tools=["look_up@1"])).status_code == 202
+
+
+@pytest.mark.parametrize("is_tenants", [True, False])
+def test_a_list_that_is_edited_holds_for_agents_under_way(
+    caller: Caller, tenant: Tenant, is_tenants: bool
+) -> None:
+    turn = [("look_up", {"order": 1}), ("delete", {"order": 1}), ("send_mail", {"to": "a@b"})]
+    url = caller.post("/v1/tasks", agent(turn))["Location"]
+    queued = caller.post("/v1/tools/send_mail/invoke", {"arguments": {"to": "a@b"}})
+    (tenant if is_tenants else caller.key).tools = ["look_up"]
+    (tenant if is_tenants else caller.key).save(update_fields=["tools"])
+    factories.in_force()
+    work_off()
+    steps = caller.get(f"{url}/steps").json()["data"]
+    assert [s["error"] for s in steps[1:4]] == [
+        None, "NotAllowed", "NotAllowed",
+    ]  # fmt: skip
+    error = caller.get(queued["Location"]).json()["error"]
+    assert (error["class"], error["message"].split(":")[0]) == ("ToolFailed", "NotAllowed")
+
+
+def test_a_tool_that_is_gone_is_told_to_the_model(caller: Caller, toolbox: tools.Registry) -> None:
+    turn = [("look_up", {"order": 1}), ("delete", {"order": 1})]
+    url = caller.post("/v1/tasks", agent(turn))["Location"]
+    del toolbox.tools["delete"]
+    work_off()
+    assert caller.get(url).json()["status"] == "succeeded"
+    steps = caller.get(f"{url}/steps").json()["data"]
+    assert [s["error"] for s in steps[1:3]] == [None, "UnknownTool"]
 
 
 def test_a_critical_tool_runs_in_the_request(caller: Caller) -> None:

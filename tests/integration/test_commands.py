@@ -168,6 +168,16 @@ def test_a_key_is_issued_and_only_its_hash_is_kept():
     assert secret.split("_", 2)[2] not in str(ApiKey.objects.values().get())
 
 
+def test_a_key_is_issued_for_some_tools_alone():
+    Tenant.objects.create(name="acme")
+    run("issue_key", "acme", "backend", "--tool", "look_up", "--tool", "shop_*")
+    assert ApiKey.objects.get().tools == ["look_up", "shop_*"]
+    with pytest.raises(CommandError, match="--tool: "):
+        run("issue_key", "acme", "backend", "--tool", "two words")
+    with pytest.raises(CommandError, match="--scope other: there is"):
+        run("issue_key", "acme", "backend", "--scope", "other")
+
+
 def test_a_tenant_is_made_only_when_asked_for():
     with pytest.raises(CommandError, match="no tenant 'acme'"):
         run("issue_key", "acme", "backend")

@@ -10,7 +10,9 @@ from pydantic import BaseModel, Field
 
 from llmtasks.errors import NotFound
 from llmtasks.guards import rate_limit
+from llmtasks.tools import allowed
 from llmtasks.tools import run as tool_run
+from llmtasks.tools.allowed import Allowance
 from llmtasks.tools.registry import Registry, Tool, ToolError, of_function
 from llmtasks.tools.run import Caller, Result
 
@@ -20,6 +22,7 @@ ANYONE = Caller(tenant_id=UUID(int=1), key_id=None, is_urgent=True, left_s=5.0)
 @pytest.fixture(autouse=True)
 def without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limiter has its own tests; here everything is let through."""
+    monkeypatch.setattr(allowed, "fault", lambda *who: "")
     monkeypatch.setattr(rate_limit, "acquire", lambda grant: None)
     monkeypatch.setattr(rate_limit, "settle", lambda *args, **fields: None)
 
@@ -197,3 +200,28 @@ def test_its_limits_are_the_limiters() -> None:
     minute, at_once = tool_run.meters_of(tool)
     assert (minute.rule.amount, minute.rule.per_us) == (100, 60_000_000)
     assert (at_once.rule.amount, at_once.rule.per_us, at_once.need) == (3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "key", "scopes", "fault"),
+    [
+        (["*"], ["*"], ["tools"], ""),
+        (["find_*"], ["find_order"], ["tools"], ""),
+        (["*"], ["find_order@1"], ["tools"], ""),
+        ([], ["*"], ["tools"], "the tenant may not use find_order"),
+        (["shop_*", "find"], ["*"], ["tools"], "the tenant may not use find_order"),
+        (["*"], ["find_order@2"], ["tools"], "the API key may not use find_order"),
+        (["*"], [], ["tools"], "the API key may not use find_order"),
+        (["*"], ["*"], ["read"], "the API key lacks the scope 'tools' that find_order needs"),
+    ],
+)
+def test_who_may_use_a_tool(tenant: Any, key: Any, scopes: Any, fault: str) -> None:
+    tool = of_function(find_order)
+    assert Allowance(tuple(tenant), tuple(key), frozenset(scopes)).fault(tool) == fault
+
+
+def test_work_that_no_key_asked_for_has_its_tenants_tools() -> None:
+    tool = of_function(find_order, scopes=["audit"])
+    assert Allowance(("*",)).fault(tool) == ""
+    of_key = Allowance(("*",), ("*",), frozenset({"tools"}))
+    assert of_key.fault(tool) == "the API key lacks the scope 'audit' that find_order needs"

@@ -8,6 +8,8 @@ from django.db import transaction
 
 from llmtasks.management.configure import put
 from llmtasks.models import ApiKey, Scope, Tenant
+from llmtasks.models.tenancy import all_tools
+from llmtasks.tools.registry import registry
 
 
 class Command(BaseCommand):
@@ -18,9 +20,14 @@ class Command(BaseCommand):
         parser.add_argument("name", metavar="NAME", help="what the key is for")
         parser.add_argument(
             "--scope",
-            choices=Scope.values,
             action="append",
-            help="what it may do; repeatable; default: everything",
+            help=f"{', '.join(Scope.values)}, or one that a tool asks for; repeatable;"
+            " default: all of ours",
+        )
+        parser.add_argument(
+            "--tool",
+            action="append",
+            help="a tool that it may use: a name, name@version, or shop_*; repeatable; default: *",
         )
         parser.add_argument("--create-tenant", action="store_true", help="where there is none")
 
@@ -28,11 +35,16 @@ class Command(BaseCommand):
     def handle(self, *args: Any, tenant: str, name: str, **options: Any) -> None:
         owner = self.tenant(tenant, may_create=options["create_tenant"])
         scopes = list(dict.fromkeys(options["scope"] or Scope.values))
-        key, secret = ApiKey.issue(owner, name, scopes=scopes)
+        tools = list(dict.fromkeys(options["tool"] or all_tools()))
+        known = {*Scope.values, *(scope for tool in registry.all() for scope in tool.scopes)}
+        if unknown := [scope for scope in scopes if scope not in known]:
+            raise CommandError(f"--scope {unknown[0]}: there is {', '.join(sorted(known))}")
+        key, secret = ApiKey.issue(owner, name, scopes=scopes, tools=tools)
         try:
             key.full_clean()
         except ValidationError as error:
-            raise CommandError(f"NAME: {' '.join(error.messages)}") from None
+            where = "--tool" if "tools" in error.message_dict else "NAME"
+            raise CommandError(f"{where}: {' '.join(error.messages)}") from None
         key.save()
         self.stderr.write(f"{key} of {owner.name} may {', '.join(scopes)}; keep the secret:")
         self.stdout.write(secret)
