@@ -8,6 +8,8 @@ class LLMTasksConfig(AppConfig):
     def ready(self) -> None:
         # Registers the system checks; refuses an unknown crash point at the start.
         from llmtasks import checks, crash  # noqa: F401
-        from llmtasks.tools.registry import discover
+        from llmtasks.tools import stored
+        from llmtasks.tools.registry import discover, registry
 
         discover()
+        registry.stored = stored.tools

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from django.db import transaction
 
-from llmtasks import bodies, events, queues
+from llmtasks import bodies, events, queues, webhooks
 from llmtasks.errors import Lost, Snooze
 from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Status, Step, Task, TaskPayload
@@ -78,6 +78,7 @@ def begin(task: Task, rows: Sequence[Step], children: Sequence[Task] = ()) -> No
     with transaction.atomic():
         hold(task)
         Step.objects.bulk_create(rows)
+        webhooks.announce(rows)
         Task.objects.bulk_create(children)
         TaskPayload.objects.bulk_create(
             TaskPayload(task_id=child.id, version=bodies.VERSION, request=bodies.loads(child.body))
@@ -94,7 +95,8 @@ def change(task: Task, step: Step, status: str, **fields: Any) -> None:
     with transaction.atomic():
         hold(task)
         Step.objects.filter(id=step.id).update(status=status, **fields)
-    step.status = status
+        step.status = status
+        webhooks.announce([step])
     for name, value in fields.items():
         setattr(step, name, value)
 

@@ -15,9 +15,18 @@ from django.db import OperationalError
 from kombu.utils.limits import TokenBucket
 
 from llmtasks import execute, pulse
-from llmtasks.models import WINDOWS, IdempotencyKey, Limit, TaskPayload, Worker
+from llmtasks.models import (
+    WINDOWS,
+    Delivery,
+    IdempotencyKey,
+    Limit,
+    McpServer,
+    TaskPayload,
+    Worker,
+)
 from llmtasks.queues import task_name
 from llmtasks.room import HORIZON_S
+from llmtasks.tools import pins
 
 # Rows that one statement of the purge deletes.
 PURGE_BATCH = 5000
@@ -78,8 +87,23 @@ def purge() -> dict[str, int]:
     )
     return {
         "bodies": delete(old, "task_id"),
+        "webhooks": delete(
+            Delivery.objects.filter(id__lt=first_id_of(payload_age)).exclude(
+                state=Delivery.State.PENDING
+            ),
+            "id",
+        ),
         "keys": delete(IdempotencyKey.objects.filter(expires_at__lt=now), "id"),
         "workers": delete(Worker.objects.filter(lease_until__lt=now - timedelta(days=1)), "id"),
+    }
+
+
+@shared_task(name="maintenance.discover", ignore_result=True)
+def discover() -> dict[str, str]:
+    """Look at what every MCP server offers, one after the other."""
+    return {
+        server.name: str(pins.discover(server))
+        for server in McpServer.objects.filter(is_active=True)
     }
 
 

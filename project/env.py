@@ -7,6 +7,7 @@ can't be read raises `ImproperlyConfigured` with the name in its message.
 import os
 import sys
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -68,6 +69,13 @@ def choice(name: str, default: str, about: str, *, among: tuple[str, ...]) -> st
     if value not in among:
         raise ImproperlyConfigured(f"{name} is {value!r}: give {' or '.join(among)}")
     return value
+
+
+def networks(name: str, default: str, about: str) -> list[IPv4Network | IPv6Network]:
+    try:
+        return [ip_network(item) for item in csv(name, default, about)]
+    except ValueError as error:
+        raise ImproperlyConfigured(f"{name}: {error}; give networks like 10.1.0.0/16") from None
 
 
 def csv(name: str, default: str, about: str) -> list[str]:

@@ -171,6 +171,13 @@ CELERY_TASK_DEFAULT_QUEUE = "maintenance"
 CELERY_TIMEZONE = "UTC"
 CELERY_BEAT_SCHEDULE = {
     "purge": {"task": "maintenance.purge", "schedule": 600.0, "options": {"expires": 500.0}},
+    "discover": {
+        "task": "maintenance.discover",
+        "schedule": env.seconds(
+            "MCP_LOOK_S", 600, "How often MCP servers are asked what they offer", least=10
+        ),
+        "options": {"expires": 60.0},
+    },
 }
 
 # --- The backend ----------------------------------------------------------------------------
@@ -251,6 +258,11 @@ LLMTASKS = {
         least=1,
     ),
 }
+PRIVATE_NETWORKS = env.networks(
+    "PRIVATE_NETWORKS",
+    "",
+    "Networks that tools, MCP servers and webhooks may reach beside the public Internet",
+)
 CLIENT_LEFT = env.choice(
     "CLIENT_LEFT",
     "drop",
@@ -329,5 +341,9 @@ LOGGING = {
         "django.request": {"level": "ERROR"},
         "celery": {"level": "WARNING"},
         "kombu": {"level": "WARNING"},
+        # What a server makes of its client is told as the result of the call.
+        "mcp": {"level": "CRITICAL"},
+        "client": {"level": "CRITICAL"},
+        "httpx2": {"level": "WARNING"},
     },
 }

@@ -31,7 +31,8 @@ class Account:
     """One vendor account. `api_key` is the secret itself: it is kept out of `repr`.
 
     `options` are the adapter's own (`api_version`, `headers`, …). Timeouts are in seconds;
-    `total_timeout` bounds a whole call, streamed or not.
+    `total_timeout` bounds a whole call, streamed or not. `may_reach`, where given, is asked of each
+    address that the host has, before a connection to it is made.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Account:
     connect_timeout: float = 5.0
     read_timeout: float = 120.0
     total_timeout: float = 600.0
+    may_reach: Callable[[str], bool] | None = None
 
 
 class Option(NamedTuple):

@@ -49,6 +49,7 @@ __all__ = [
     "Exchange",
     "ServerSentEvent",
     "api_key",
+    "ask",
     "error_from_response",
     "post_json",
     "send",
@@ -141,14 +142,44 @@ def send(
     exchange.check()
     payload = wire.dump(body)
     target = _target(account.base_url, path)
-    call = _Call(account, target, exchange)
-    try:
-        answer = call.start(_head(target, headers, exchange.headers, len(payload)), payload)
+    with _ask(account, "POST", target, payload, headers, exchange) as answer:
         if not 200 <= answer.status <= 299:
             raise error_from_response(
-                answer.status, answer.headers, answer.read_error(), secret=call.secret
+                answer.status, answer.headers, answer.read_error(), secret=account.api_key.strip()
             )
         yield answer
+
+
+def ask(
+    account: "Account",
+    method: str,
+    path: str,
+    payload: bytes | None,
+    headers: Mapping[str, str],
+    exchange: Exchange,
+) -> contextlib.AbstractContextManager["Answer"]:
+    """As `send`, with any method, JSON text or no body; the answer is yielded unread, whatever its
+    status."""
+    exchange.check()
+    target = _parsed(account.base_url, path)
+    if payload is None and method in ("POST", "PUT", "PATCH"):
+        # Some servers answer 411 where no length is told.
+        payload = b""
+    return _ask(account, method, target, payload, headers, exchange)
+
+
+@contextlib.contextmanager
+def _ask(
+    account: "Account",
+    method: str,
+    target: "_Target",
+    payload: bytes | None,
+    headers: Mapping[str, str],
+    exchange: Exchange,
+) -> Iterator["Answer"]:
+    call = _Call(account, target, exchange)
+    try:
+        yield call.start(method, _head(target, headers, exchange.headers, payload), payload or b"")
     except ProviderError as exc:
         exc.request_id = exc.request_id or exchange.request_id
         raise
@@ -245,12 +276,15 @@ class _Call:
         self.stream: Stream | None = None
         self.secret = account.api_key.strip()
         self._connect_timeout = account.connect_timeout
+        self._may_reach = account.may_reach
         self._target = target
+        # Connections that were made without a look at the address are no others'.
+        self._origin = (target.host, target.port, target.tls, account.may_reach is not None)
         self._connection: httpcore.HTTP11Connection | None = None
         self._response: httpcore.Response | None = None
 
-    def start(self, head: list[tuple[bytes, bytes]], payload: bytes) -> Answer:
-        request = httpcore.Request("POST", self._target.url, headers=head, content=payload)
+    def start(self, method: str, head: list[tuple[bytes, bytes]], payload: bytes) -> Answer:
+        request = httpcore.Request(method, self._target.url, headers=head, content=payload)
         while self._response is None:
             connection = self._connect()
             # Stale: its server closed it, and nothing went out. A new connection never is.
@@ -265,13 +299,15 @@ class _Call:
 
     def _connect(self) -> httpcore.HTTP11Connection:
         target = self._target
-        idle = _take(target)
+        idle = _take(self._origin)
         if idle is not None:
             connection, stream = idle
         else:
             context = _tls() if target.tls else None
             timeout = self._connect_timeout
-            stream = sockets.connect(target.host, target.port, self.clock, timeout, context)
+            stream = sockets.connect(
+                target.host, target.port, self.clock, timeout, context, self._may_reach
+            )
             connection = httpcore.HTTP11Connection(
                 target.url.origin, cast("httpcore.NetworkStream", stream), IDLE_EXPIRY
             )
@@ -288,19 +324,20 @@ class _Call:
         self.clock.exchange.release()
         if self._connection.is_idle():
             self.stream.park()
-            _give(self._target, self._connection, self.stream)
+            _give(self._origin, self._connection, self.stream)
         else:
             self._connection.close()
 
 
+_Origin = tuple[str, int, bool, bool]
 _Idle = tuple[httpcore.HTTP11Connection, Stream]
 
 # Stacks of idle connections by origin. A deque's pop and append are atomic: no lock.
-_idle: dict[tuple[str, int, bool], deque[_Idle]] = {}
+_idle: dict[_Origin, deque[_Idle]] = {}
 
 
-def _take(target: _Target) -> _Idle | None:
-    stack = _idle.get(target[:3])
+def _take(origin: _Origin) -> _Idle | None:
+    stack = _idle.get(origin)
     while stack:
         try:
             connection, stream = stack.pop()
@@ -312,8 +349,8 @@ def _take(target: _Target) -> _Idle | None:
     return None
 
 
-def _give(target: _Target, connection: httpcore.HTTP11Connection, stream: Stream) -> None:
-    stack = _idle.setdefault(target[:3], deque())
+def _give(origin: _Origin, connection: httpcore.HTTP11Connection, stream: Stream) -> None:
+    stack = _idle.setdefault(origin, deque())
     stack.append((connection, stream))
     # The oldest lie at the bottom. Two looks per call keep up with whatever a burst left there.
     for _ in range(2):
@@ -352,8 +389,7 @@ def _tls_context(_file: str | None, _directory: str | None) -> ssl.SSLContext:
     return context
 
 
-@lru_cache(maxsize=1024)
-def _target(base_url: str, path: str) -> _Target:
+def _parsed(base_url: str, path: str) -> _Target:
     """Raises `ConnectionFailed` for what is no URL of http or https."""
     try:
         url = httpx.URL(base_url.rstrip("/") + path)
@@ -372,16 +408,22 @@ def _target(base_url: str, path: str) -> _Target:
     )
 
 
+# A vendor's paths are few; those of tools hold their arguments.
+_target = lru_cache(maxsize=1024)(_parsed)
+
+
 def _head(
-    target: _Target, headers: Mapping[str, str], more: Mapping[str, str], length: int
+    target: _Target, headers: Mapping[str, str], more: Mapping[str, str], payload: bytes | None
 ) -> list[tuple[bytes, bytes]]:
     head = [
         (b"Host", target.authority),
-        (b"Content-Type", b"application/json"),
-        (b"Content-Length", str(length).encode()),
         (b"Accept-Encoding", b"identity"),
         (b"User-Agent", b"llmtasks"),
     ]
+    if payload:
+        head.append((b"Content-Type", b"application/json"))
+    if payload is not None:
+        head.append((b"Content-Length", str(len(payload)).encode()))
     for name, value in (*headers.items(), *more.items()):
         head.append((name.encode(errors="replace"), value.encode(errors="replace")))
     return head

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -236,15 +236,23 @@ class Stream:
 
 
 def connect(
-    host: str, port: int, clock: Clock, timeout: float, context: ssl.SSLContext | None
+    host: str,
+    port: int,
+    clock: Clock,
+    timeout: float,
+    context: ssl.SSLContext | None,
+    may_reach: Callable[[str], bool] | None = None,
 ) -> Stream:
-    """A connection within `timeout` seconds: name, TCP, TLS.
+    """A connection within `timeout` seconds: name, TCP, TLS. It goes to an address of which
+    `may_reach` was asked: the name is not looked up again.
 
     Raises `ConnectionFailed`, `Timeout`, `Dropped`.
     """
     end = time.monotonic() + timeout
     late = f"no connection within {timeout:g} s"
     addresses = _resolve(host, port, clock, end, late)
+    if may_reach is not None and not all(may_reach(address[4][0]) for address in addresses):
+        raise ConnectionFailed(f"{host} is in a network that may not be reached", code="private")
     error: OSError | None = None
     for tried, address in enumerate(addresses):
         # A share of the time each: a dead first address must not use up what a second needs.

@@ -16,9 +16,13 @@ from llmtasks.models import (
     ApiKey,
     Attempt,
     CostState,
+    Delivery,
     Feedback,
+    HttpTool,
     Kind,
     Limit,
+    McpServer,
+    McpTool,
     Mode,
     Price,
     Provider,
@@ -39,6 +43,7 @@ AMOUNTS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output"
 MODELS = (
     "task", "attempt", "worker", "provider", "route", "price", "adjustment", "tenant", "apikey",
     "providermodel", "limit", "providerevent", "prompt", "promptversion", "feedback",
+    "httptool", "mcpserver", "mcptool", "delivery",
 )  # fmt: skip
 
 
@@ -93,6 +98,12 @@ def everything(tenant, provider):
     version, _ = prompts.add_version(tenant.pk, "greet", messages=said, labels=["production"])
     promptversion, prompt = version, version.prompt
     feedback = Feedback.objects.create(tenant=tenant, task_id=task.pk, source="user", score=1)
+    Delivery.objects.create(tenant=tenant, event="e", task_id=task.pk, step_id=task.pk)
+    server = McpServer.objects.create(name="mcp", url="https://mcp.example.com")
+    McpTool.objects.create(server=server, name="find", state="on", offered_hash="0")
+    HttpTool.objects.create(
+        name="find", operation_id="find", base_url="https://api.example.com", document={}
+    )
     return locals()
 
 

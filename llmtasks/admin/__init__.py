@@ -13,6 +13,8 @@ from llmtasks.admin import (
     routes,
     tasks,
     tenancy,
+    tools,
+    webhooks,
     workers,
 )
 
@@ -27,6 +29,8 @@ __all__ = [
     "routes",
     "tasks",
     "tenancy",
+    "tools",
+    "webhooks",
     "workers",
 ]
 

@@ -14,6 +14,7 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("llmtasks.task", "Tasks", "assignment"),
             ("llmtasks.attempt", "Attempts", "receipt_long"),
             ("llmtasks.worker", "Workers", "memory"),
+            ("llmtasks.delivery", "Webhooks", "webhook"),
         ),
     ),
     (
@@ -29,6 +30,9 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("llmtasks.provider", "Providers", "hub"),
             ("llmtasks.route", "Routes", "alt_route"),
+            ("llmtasks.httptool", "HTTP tools", "api"),
+            ("llmtasks.mcpserver", "MCP servers", "electrical_services"),
+            ("llmtasks.mcptool", "MCP tools", "handyman"),
             ("llmtasks.limit", "Limits", "speed"),
             ("llmtasks.providerevent", "Provider health", "ecg_heart"),
         ),

@@ -13,14 +13,37 @@ from unfold.admin import ModelAdmin
 
 from llmtasks.admin import cells
 from llmtasks.admin.lists import Rows, TenantFilter
+from llmtasks.admin.words import words
 from llmtasks.models import ApiKey, Scope, Tenant
-from llmtasks.tools.registry import registry
+from llmtasks.tools.registry import registry as tools
+from providers import registry
+
+
+class TenantForm(ModelForm):  # type: ignore[type-arg]
+    tools = words(Tenant, "tools")
+
+    class Meta:
+        model = Tenant
+        fields = ("name", "is_active", "weight", "tools", "webhook_url", "webhook_secret")
+
+    def clean(self) -> dict[str, Any]:
+        values = super().clean() or {}
+        url, secret = values.get("webhook_url"), values.get("webhook_secret")
+        if url and not secret and "webhook_secret" not in self.errors:
+            self.add_error("webhook_secret", "What is sent has to be signed: give a reference.")
+        try:
+            if url:
+                registry.check_base_url("the webhook", url)
+        except ValueError as error:
+            self.add_error("webhook_url", str(error))
+        return values
 
 
 @admin.register(Tenant)
 class TenantAdmin(ModelAdmin):
     """Switched off, not deleted: tasks and bills refer to it."""
 
+    form = TenantForm
     list_display = ("name", "is_active", "weight", "created", "rows")
     search_fields = ("name",)
     show_full_result_count = False
@@ -29,7 +52,8 @@ class TenantAdmin(ModelAdmin):
     readonly_fields = ("id", "created_at", "rows")
 
     def get_fields(self, request: HttpRequest, obj: Tenant | None = None) -> tuple[str, ...]:
-        return ("name", "is_active", "weight", "tools", *(self.readonly_fields if obj else ()))
+        fields = ("name", "is_active", "weight", "tools", "webhook_url", "webhook_secret")
+        return (*fields, *(self.readonly_fields if obj else ()))
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
@@ -48,7 +72,7 @@ class TenantAdmin(ModelAdmin):
 
 def scopes() -> list[tuple[str, str]]:
     """Ours, and those that tools ask for."""
-    asked = sorted({scope for tool in registry.all() for scope in tool.scopes} - set(Scope.values))
+    asked = sorted({scope for tool in tools.all() for scope in tool.scopes} - set(Scope.values))
     return [*Scope.choices, *((scope, f"tools that ask for {scope!r}") for scope in asked)]
 
 
@@ -56,6 +80,8 @@ class KeyForm(ModelForm):  # type: ignore[type-arg]
     scopes = forms.MultipleChoiceField(
         choices=scopes, widget=forms.CheckboxSelectMultiple, initial=Scope.values
     )
+
+    tools = words(ApiKey, "tools")
 
     class Meta:
         model = ApiKey

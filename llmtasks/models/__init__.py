@@ -7,6 +7,8 @@ from llmtasks.models.money import Adjustment, Attempt, CostState, Price
 from llmtasks.models.prompts import Feedback, Prompt, PromptLabel, PromptVersion
 from llmtasks.models.steps import Step
 from llmtasks.models.tenancy import ApiKey, Scope, Tenant
+from llmtasks.models.tools import HttpTool, McpServer, McpTool
+from llmtasks.models.webhooks import Delivery
 from llmtasks.models.work import (
     FINAL,
     IdempotencyKey,
@@ -28,11 +30,15 @@ __all__ = [
     "Attempt",
     "Config",
     "CostState",
+    "Delivery",
     "Feedback",
+    "HttpTool",
     "IdempotencyKey",
     "Kind",
     "Lane",
     "Limit",
+    "McpServer",
+    "McpTool",
     "Mode",
     "OnUnknown",
     "Price",

@@ -6,10 +6,17 @@ import secrets
 from datetime import datetime
 
 from django.contrib.postgres.fields import ArrayField
-from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
+from django.core.validators import (
+    MaxValueValidator,
+    MinValueValidator,
+    RegexValidator,
+    URLValidator,
+)
 from django.db import models
 from django.utils import timezone
 from uuid_utils.compat import uuid7
+
+from llmtasks.models.config import validate_credential
 
 PREFIX_LENGTH = 12
 
@@ -57,6 +64,19 @@ class Tenant(models.Model):
     tools = tool_names(
         "The tools that its keys may use at the most: names, name@version, shop_*; * is all,"
         " nothing is none."
+    )
+    webhook_url = models.CharField(
+        max_length=500,
+        blank=True,
+        validators=[URLValidator(schemes=["http", "https"])],
+        help_text="Told of each step that waits for a person; empty: nobody is told.",
+    )
+    webhook_secret = models.CharField(
+        max_length=500,
+        blank=True,
+        validators=[validate_credential],
+        help_text="env:NAME or file:/path: where the secret is found that signs what is sent,"
+        " whsec_… or any text. Never the secret itself.",
     )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 

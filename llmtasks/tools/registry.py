@@ -39,6 +39,15 @@ class ToolError(Exception):
     """What a tool's author tells the model: the call failed, and this is why."""
 
 
+class ToolFault(Exception):
+    """What stands behind a tool failed it, in words that the model may read. `error` is the class
+    of the result: `ToolFailed` and `ToolTimeout` count for retries and the breaker."""
+
+    def __init__(self, message: str, error: str = "ToolFailed") -> None:
+        super().__init__(message)
+        self.error = error
+
+
 class BadArguments(Exception):
     """The arguments fit no call of the tool; the message says which and why."""
 
@@ -93,9 +102,11 @@ class Tool:
 
 @dataclass
 class Registry:
-    """Every version of every tool by name."""
+    """Every version of every tool by name. `stored` gives those that are rows; a function goes
+    before a row of the same name and version."""
 
     tools: dict[str, dict[int, Tool]] = field(default_factory=dict)
+    stored: Callable[[], Mapping[str, Mapping[int, Tool]]] = dict
 
     def add(self, tool: Tool) -> None:
         """Raises ValueError for a faulty declaration, or a version that is there already."""
@@ -108,7 +119,7 @@ class Registry:
     def find(self, reference: str) -> Tool:
         """The tool of `name` (its latest version) or `name@version`. Raises NotFound."""
         name, _, version = reference.partition("@")
-        versions = self.tools.get(name)
+        versions = {**self.stored().get(name, {}), **self.tools.get(name, {})}
         if not versions:
             raise NotFound(f"there is no tool {name!r}: GET /v1/tools lists those that you may use")
         if not version:
@@ -120,7 +131,9 @@ class Registry:
         return found
 
     def all(self) -> list[Tool]:
-        return [versions[n] for _, versions in sorted(self.tools.items()) for n in sorted(versions)]
+        found = [*self.stored().values(), *self.tools.values()]
+        known = {tool.reference: tool for versions in found for tool in versions.values()}
+        return sorted(known.values(), key=lambda tool: (tool.name, tool.version))
 
 
 registry = Registry()

@@ -15,6 +15,8 @@ import jsonschema  # type: ignore[import-untyped]
 import orjson
 from django.db import OperationalError
 from pydantic_core import PydanticSerializationError, to_json
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 from uuid_utils.compat import uuid7
 
 from llmtasks import stores
@@ -24,7 +26,7 @@ from llmtasks.guards.rules import Rule
 from llmtasks.models import Limit
 from llmtasks.routing import TOOLS
 from llmtasks.tools import allowed
-from llmtasks.tools.registry import BadArguments, Tool, ToolError
+from llmtasks.tools.registry import BadArguments, Tool, ToolError, ToolFault
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ BACKOFF_S = 0.2
 # Runs that went on past their timeout: beyond that none is begun in this process.
 MAX_ABANDONED = 64
 MAX_ARGUMENT_BYTES = 200_000
+
+# Without it, a schema's reference to another document is fetched.
+NO_DOCUMENTS: Registry[Any] = Registry()
 
 _abandoned = 0
 _lock = threading.Lock()
@@ -124,9 +129,12 @@ def once(
 def fault_of(schema: Mapping[str, Any], value: Any) -> str:
     """What makes the value unfit for the schema; empty where nothing does."""
     try:
-        found = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
+        validator = jsonschema.Draft202012Validator(schema, registry=NO_DOCUMENTS)
+        found = next(validator.iter_errors(value), None)
     except RecursionError:
         return "it is nested too deeply"
+    except Unresolvable as error:
+        return f"its schema refers to what is not there: {error}"
     if found is None:
         return ""
     place = ".".join(str(step) for step in found.absolute_path)
@@ -221,6 +229,8 @@ def given(tool: Tool, values: Mapping[str, Any]) -> Result:
         return Result(f"the arguments fit no call of {tool.name}: {error}", "BadArguments")
     except ToolError as error:
         return Result(str(error) or f"{tool.name} failed", "ToolError")
+    except ToolFault as error:
+        return Result(str(error), error.error)
     except Exception:
         # Its words are for the log: they may hold what no model should read.
         log.exception("a tool failed", extra={"tool": tool.reference})

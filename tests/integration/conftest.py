@@ -9,6 +9,7 @@ import pytest
 from llmtasks import health, pricing, pulse, queues, routing, stores
 from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.models import Provider
+from llmtasks.tools import allowed, stored
 from providers.sandbox import Sandbox
 from tests import factories
 from tests.admin_pages import everything, login, provider, steered, tenant  # noqa: F401
@@ -27,6 +28,8 @@ def forget(_django_db_marker: None) -> Iterator[None]:
     """A process as it is after its start: no configuration read, no lease."""
     os.environ["SANDBOX_KEY"] = "sandbox"
     routing._snapshot = None
+    stored._snapshot = None
+    allowed._version = -1
     health._last = None
     pricing._prices = None
     queues._away_until = 0.0

@@ -100,7 +100,7 @@ def test_expired_keys_and_processes_long_gone_are_deleted(account):
     gone = factories.worker(alive=False)
     Worker.objects.filter(id=gone.id).update(lease_until=timezone.now() - timedelta(days=2))
     kept = factories.worker(alive=False)
-    assert tasks.purge() == {"bodies": 0, "keys": 1, "workers": 1}
+    assert tasks.purge() == {"bodies": 0, "webhooks": 0, "keys": 1, "workers": 1}
     assert IdempotencyKey.objects.get().key == "1"
     assert Worker.objects.filter(id=kept.id).exists()
 

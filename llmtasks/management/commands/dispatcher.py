@@ -1,4 +1,4 @@
-"""`manage.py dispatcher`: releases waiting tasks and puts back what got stuck."""
+"""`manage.py dispatcher`: releases waiting tasks, puts back what got stuck, sends webhooks."""
 
 import signal
 import threading
@@ -6,13 +6,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from llmtasks import checks, pulse, sweep
+from llmtasks import checks, pulse, sweep, webhooks
 from llmtasks.dispatch import Dispatcher
 from llmtasks.models import Worker
 
 
 class Command(BaseCommand):
-    help = "Release waiting tasks to the workers, and put back what got stuck. Run one or more."
+    help = "Release waiting tasks to workers, put back what got stuck, send webhooks. One or more."
 
     def handle(self, **options: Any) -> None:
         if wrong := checks.redis_version():
@@ -21,5 +21,6 @@ class Command(BaseCommand):
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stopped.set())
         pulse.start(Worker.Role.DISPATCHER)
+        webhooks.Sender(stopped).start()
         Dispatcher(sweep.run, stopped, sweep.take_over).run()
         pulse.stop()
