@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     TypeAdapter,
     WithJsonSchema,
@@ -153,8 +154,26 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Limit = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
+# They are put into the body before it is checked (`api/prompts.py`).
+OF_A_PROMPT = {
+    "prompt": {
+        "type": "string",
+        "description": "A prompt of GET /v1/prompts: `name`, `name@3` or `name@label`. Its messages"
+        " come first; `model` and `messages` may then be left out.",
+    },
+    "variables": {"type": "object", "description": "The prompt's."},
+}
+
+
+def with_prompt(schema: dict[str, Any]) -> None:
+    schema["properties"] = OF_A_PROMPT | schema["properties"]
+    schema.pop("required", None)
+
+
 class ChatInput(Body):
-    """A chat, as POST /v1/chat/completions of OpenAI has it."""
+    """A chat, as POST /v1/chat/completions of OpenAI has it, or one that a prompt gives."""
+
+    model_config = ConfigDict(json_schema_extra=with_prompt)
 
     model: ModelName
     messages: list[ChatMessage] = Field(min_length=1)

@@ -16,6 +16,8 @@ from llmtasks.errors import ApiError, InvalidInput, NotFound
 from llmtasks.models import Prompt, PromptVersion, Scope
 
 PAGE = 100
+# Of a chat's body; nothing behind this knows them.
+OURS = frozenset({"prompt", "variables"})
 # Two names of one thing: who gives one means neither of the prompt's.
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
@@ -162,13 +164,16 @@ def shown_version(row: PromptVersion) -> dict[str, Any]:
 def of_chat(principal: Principal, given: Any, user: Any = None) -> tuple[Any, str]:
     """A chat's body with what its prompt says, and the exact version; as it was, where it names
     none. What the caller gives himself goes before the prompt's. Raises InvalidInput, NotFound."""
-    if not isinstance(given, dict) or "prompt" not in given:
-        if isinstance(given, dict) and "variables" in given:
-            raise InvalidInput("variables: these go with a prompt", param="variables")
+    if not isinstance(given, dict) or not given.keys() & OURS:
         return given, ""
-    reference, variables = given["prompt"], given.get("variables", {})
+    reference, variables = given.get("prompt"), given.get("variables")
+    if reference is None:
+        if variables is not None:
+            raise InvalidInput("variables: these go with a prompt", param="variables")
+        return {name: value for name, value in given.items() if name not in OURS}, ""
     if not isinstance(reference, str):
         raise InvalidInput("prompt: give a name, like greet or greet@3", param="prompt")
+    variables = {} if variables is None else variables
     if not isinstance(variables, dict):
         raise InvalidInput("variables: give an object", param="variables")
     whose = user or given.get("user")
@@ -194,8 +199,7 @@ def of_task(principal: Principal, given: Any, place: str = "") -> tuple[Any, str
 
 
 def merged(given: dict[str, Any], found: prompts.Rendered) -> dict[str, Any]:
-    own = {name: value for name, value in given.items() if value is not None}
-    own = {name: value for name, value in own.items() if name not in ("prompt", "variables")}
+    own = {name: value for name, value in given.items() if value is not None and name not in OURS}
     preset = dict(found.parameters)
     if any(name in own for name in LENGTHS):
         preset = {name: value for name, value in preset.items() if name not in LENGTHS}

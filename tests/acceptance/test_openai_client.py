@@ -283,3 +283,19 @@ def test_many_watchers_at_once(cluster: Cluster):
     for thread in threads:
         thread.join()
     assert ends == ["done"] * 20
+
+
+def test_a_prompt_by_the_extra_body(client: openai.OpenAI, cluster: Cluster):
+    said = [{"role": "user", "content": "Hello {{ name }}"}]
+    prompt = {"name": "greet", "messages": said, "model": "echo", "labels": ["production"]}
+    assert cluster.api.post("/v1/prompts", json=prompt).status_code in (200, 201)
+    named: Any = {"prompt": "greet", "variables": {"name": "Ann"}}
+    raw = client.chat.completions.with_raw_response.create(
+        model="", messages=[], user="u", extra_body=named
+    )
+    assert raw.parse().choices[0].message.content == "Hello Ann"
+    task = cluster.task(raw.headers["x-llmtasks-task-id"])
+    assert (task["prompt"], task["model"]) == ("greet@1", "echo")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="", messages=[], extra_body={"prompt": "greet"})
+    assert caught.value.param == "variables.name"

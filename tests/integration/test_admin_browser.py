@@ -16,6 +16,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from llmtasks.models import Kind, Lane, Limit, Provider, ProviderEvent, Status, Task
 from tests import factories
 from tests.admin_pages import make_task, page
+from tests.integration.test_admin_prompts import add, ran, rated
 from tests.integration.test_admin_runs import make_step, paid
 from tests.integration.test_health import call, vendor
 
@@ -23,6 +24,7 @@ __all__ = ["vendor"]
 
 CHROMIUM = shutil.which("chromium")
 SLOW_MS = 30_000
+ADDED = ("limit", "route", "tenant", "prompt", "promptversion")
 # The page itself and the cards on it: whatever is wider inside than outside.
 OVERFLOWING = """() => [document.documentElement, ...document.querySelectorAll(".lt-card")]
     .filter(part => part.scrollWidth > part.clientWidth + 1).map(part => part.innerText)"""
@@ -97,10 +99,10 @@ def test_every_new_page_opens_in_a_browser(busy: dict[str, int], browser: Page) 
         reverse("queues"),
         page("provider", busy["provider"]),
         page("limit", busy["limit"]),
-        *(reverse(f"admin:llmtasks_{name}_add") for name in ("limit", "route", "tenant")),
+        *(reverse(f"admin:llmtasks_{name}_add") for name in ADDED),
         *(
             reverse(f"admin:llmtasks_{name}_changelist")
-            for name in ("limit", "providerevent", "provider", "route", "tenant")
+            for name in (*ADDED, "providerevent", "provider", "feedback")
         ),
     ]
     for url in urls:
@@ -184,3 +186,39 @@ def colours_of(opened: Page, selector: str) -> list[str]:
     script = "s => [...document.querySelectorAll(s)].map(n => getComputedStyle(n).borderLeftColor)"
     found: list[str] = opened.evaluate(script, selector)
     return found
+
+
+@pytest.fixture
+def versions(vendor: Provider) -> list[str]:
+    """Two versions of a prompt that were used, by their ids."""
+    tenant = factories.tenant()
+    made = [
+        add(tenant, f"Be helpful.\n{said}\n" + "long " * 200, note=said, labels=[label])
+        for said, label in (("Hello {{ name }}", "production"), ("Hi {{ name }}", "canary"))
+    ]
+    rated(ran(tenant, "greet@1"), -0.5)
+    return [str(version.pk) for version in made] + [str(made[0].prompt_id)]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_versions_are_compared_and_the_next_is_added(
+    versions: list[str], browser: Page, theme: str
+) -> None:
+    browser.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+    browser.goto(page("prompt", versions[2]))
+    assert browser.evaluate(OVERFLOWING) == []
+    differs = browser.locator("tr.lt-differs")
+    expect(differs).to_have_count(1)
+    expect(differs).to_contain_text("Hello {{ name }}")
+    browser.get_by_role("link", name="New version").click()
+    browser.locator("[name=note]").fill("the third")
+    browser.locator("[name=messages]").fill('[{"role": "user", "content": "{{ 1 }}"}]')
+    browser.get_by_role("button", name="Save", exact=True).click()
+    expect(browser.get_by_text("names no variable")).to_be_visible()
+    browser.locator("[name=messages]").fill('[{"role": "user", "content": "Yo {{ name }}"}]')
+    browser.get_by_role("button", name="Save", exact=True).click()
+    expect(browser.get_by_text("the third").first).to_be_visible()
+    browser.goto(reverse("admin:llmtasks_feedback_changelist"))
+    expect(browser.get_by_text("-0.50").first).to_be_visible()
+    assert browser.evaluate(OVERFLOWING) == []

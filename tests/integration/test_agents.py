@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from llmtasks import execute, pulse, steps, submit
+from llmtasks.admin import runs
 from llmtasks.bodies import AgentRequest
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Kind, Provider, Status, Step, Task, Tenant
@@ -230,3 +231,19 @@ def test_a_cancel_between_two_turns(tenant: Tenant) -> None:
     assert ended[0].task.status == Status.CANCELLED
     assert len(CALLS) < 8
     assert pulse.start().calls == {}
+
+
+def test_the_admin_draws_what_was_done(tenant: Tenant) -> None:
+    turns = [[call("look_up", order=1), call("send_mail", to="a@b")], [call("fails")]]
+    task = queue(agent_work(tenant, *turns))
+    work_off()
+    task.refresh_from_db()
+    run = runs.drawn(task)
+    assert [[(node.title, node.words) for node in wave] for wave in run.waves] == [
+        [("script", "done")],
+        [("look_up@1", "done"), ("send_mail@1", "succeeded")],
+        [("script", "done")],
+        [("fails@1", "failed")],
+        [("script", "done")],
+    ]
+    assert task.cost and run.cost == runs.total_of(task).cost == task.cost

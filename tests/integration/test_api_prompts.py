@@ -105,6 +105,7 @@ def test_the_official_path_takes_it_in_its_extra_body(caller: Caller) -> None:
     assert Task.objects.filter(prompt="greet@1").count() == 2
     # Without a prompt nothing is different.
     assert caller.chat(model="").status_code == 400
+    assert caller.chat(prompt=None, variables=None).status_code == 200
     wrong = caller.chat(variables={"a": 1}).json()["error"]
     assert (wrong["param"], wrong["message"]) == ("variables", "variables: these go with a prompt")
 
