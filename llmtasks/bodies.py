@@ -52,23 +52,48 @@ class ToolAnswer:
     content: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowRequest:
+    """One block of a workflow (`workflows/spec.py`, checked before), with the values that its
+    templates may name: `scope["input"]`, `scope["steps"]` and so on. `name` is the stored
+    workflow's with its version, else the block's kind. `max_cost` is looked at between steps."""
+
+    name: str
+    block: Mapping[str, Any]
+    scope: Mapping[str, Any]
+    max_cost: Decimal | None = None
+
+    @property
+    def model(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowAnswer:
+    """What a workflow's block gave: any JSON value."""
+
+    value: Any
+
+
 # What goes to a model and comes back, and what any task asks for and gives.
 AnyRequest = Request | EmbeddingRequest
 AnyResponse = Response | EmbeddingResponse
-TaskRequest = AnyRequest | AgentRequest | ToolRequest
-TaskAnswer = AnyResponse | ToolAnswer
+TaskRequest = AnyRequest | AgentRequest | ToolRequest | WorkflowRequest
+TaskAnswer = AnyResponse | ToolAnswer | WorkflowAnswer
 
 REQUESTS: dict[str, TypeAdapter[Any]] = {
     Kind.CHAT: TypeAdapter(Request),
     Kind.EMBEDDING: TypeAdapter(EmbeddingRequest),
     Kind.AGENT: TypeAdapter(AgentRequest),
     Kind.TOOL: TypeAdapter(ToolRequest),
+    Kind.WORKFLOW: TypeAdapter(WorkflowRequest),
 }
 RESPONSES: dict[str, TypeAdapter[Any]] = {
     Kind.CHAT: TypeAdapter(Response),
     Kind.EMBEDDING: TypeAdapter(EmbeddingResponse),
     Kind.AGENT: TypeAdapter(Response),
     Kind.TOOL: TypeAdapter(ToolAnswer),
+    Kind.WORKFLOW: TypeAdapter(WorkflowAnswer),
 }
 
 

@@ -21,6 +21,8 @@ POINTS = (
     "attempt.begun",
     "attempt.answered",
     "attempt.finished",
+    "workflow.advanced",  # steps and their tasks are written, nobody waits for them yet
+    "workflow.waiting",  # before the task is blocked
     "sweep.taking",  # in the transaction, before COMMIT
     "sweep.taken",
 )

@@ -353,24 +353,29 @@ class Dispatcher:
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
             self.sweep()
-        self.wake_parents(now)
+        wake_s = self.wake_parents(now)
         released, is_soon = release(self.turns)
         self.fruitless = self.fruitless + 1 if is_soon and not released else 0
         if released >= MANY:
             return 0.0
         if self.fruitless:
             return min(BUSY_POLL_S * (1 + self.fruitless // 5), FULL_POLL_S)
-        return BUSY_POLL_S if released else POLL_S
+        return BUSY_POLL_S if released else min(POLL_S, wake_s)
 
-    def wake_parents(self, now: float) -> None:
-        """Tasks whose last child ended; now and then whatever is blocked by nothing."""
+    def wake_parents(self, now: float) -> float:
+        """Tasks whose last child ended; now and then whatever is blocked by nothing. Seconds until
+        the next look, where this one came too early."""
+        wait_s = POLL_S
         if now - self.woke_at >= WAKE_S:
             age_s = min(now - self.woke_at, WAKE_ALL_S) + WAKE_ALL_S / 4
             self.woke_at = now
             steps.wake_parents(age_s)
+        else:
+            wait_s = self.woke_at + WAKE_S - now
         if now - self.woke_all_at >= WAKE_ALL_S:
             self.woke_all_at = now
             steps.wake()
+        return wait_s
 
     def lead(self) -> bool:
         """Take or renew the leader's lease; renewed each second."""

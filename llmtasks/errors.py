@@ -18,6 +18,8 @@ TaskError                   how a task ended, beside the vendor's errors (`provi
 ├── LimitReached            a rate limit leaves no room before the deadline: 429
 ├── AgentStopped            an agent gave no answer within its caps: 422
 ├── ToolFailed              a tool that was run by itself gave no result: 422
+├── StepFailed              a step of a workflow failed, and its policy is to fail: 422
+├── WorkflowStopped         a workflow reached one of its caps: 422
 ├── Interrupted             the process died or ended that ran it inline, or `on_unknown` is `fail`
 ├── Cancelled               somebody asked for it
 ├── ClientLeft              the caller hung up while it ran inline
@@ -151,6 +153,18 @@ class AgentStopped(TaskError):
 
 class ToolFailed(TaskError):
     """A tool that was run by itself gave no result."""
+
+    status = 422
+
+
+class StepFailed(TaskError):
+    """A step of a workflow failed for good, and the workflow can't go on without it."""
+
+    status = 422
+
+
+class WorkflowStopped(TaskError):
+    """A workflow reached one of its caps: money, items, or turns without a good result."""
 
     status = 422
 

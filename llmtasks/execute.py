@@ -1,7 +1,7 @@
 """Running a task: claim → run its kind → finish. Inline, streamed and queued work alike."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from socket import socket
@@ -31,6 +31,7 @@ from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Kind, Mode, Status, Task
 from llmtasks.telemetry import task_id_var
 from llmtasks.tools import alone, loop
+from llmtasks.workflows import flow
 from providers.errors import ProviderError
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ RUNNERS: dict[str, Callable[..., Generator[Event, None, Any]]] = {
     Kind.EMBEDDING: call.stream,
     Kind.AGENT: loop.stream,
     Kind.TOOL: alone.stream,
+    Kind.WORKFLOW: flow.stream,
 }
 
 
@@ -254,8 +256,17 @@ def tell(task: Task) -> None:
     """The task's new state, to whoever watches."""
     name = "done" if task.status in FINAL else "state"
     events.publish(task.id, name, {"status": task.status})
+    if task.kind == Kind.WORKFLOW and task.status in FINAL:
+        cancel_steps([task.id])
     if task.parent_id is not None and task.status in FINAL:
         queues.wake()
+
+
+def cancel_steps(task_ids: Sequence[UUID]) -> None:
+    """What is open below workflows that ended. The sweep does what is missed here."""
+    ended = ledger.cancel_below(task_ids, "the workflow that it is a step of ended")
+    for task_id in ended:
+        events.publish(task_id, "done", {"status": Status.CANCELLED})
 
 
 IDLE = (Status.WAITING, Status.QUEUED, Status.BLOCKED)

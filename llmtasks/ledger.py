@@ -19,12 +19,12 @@ from uuid import UUID
 
 import orjson
 from django.db import transaction
-from django.db.models import DateTimeField, Func
+from django.db.models import DateTimeField, Func, QuerySet
 from psycopg.types.json import Jsonb
 
 from llmtasks import bodies, pulse
 from llmtasks.errors import Lost
-from llmtasks.models import FINAL, IdempotencyKey, Status, Task, TaskPayload
+from llmtasks.models import FINAL, IdempotencyKey, Kind, Status, Task, TaskPayload
 from llmtasks.stores import fetch, loads
 from providers.types import Usage
 
@@ -410,8 +410,103 @@ WHERE t.id = s.task_id
 
 
 def recount(task_ids: Sequence[UUID]) -> None:
-    """Make the tasks' tokens and cost the sums over their attempts. The caller has locked them."""
+    """Make the tasks' tokens and cost the sums over their attempts, and so those of the workflows
+    that they are steps of. The caller has locked them."""
     fetch(RECOUNT, {"ids": list(task_ids)})
+    sum_up(parents_of(task_ids))
+
+
+def parents_of(task_ids: Sequence[UUID]) -> list[UUID]:
+    found = Task.objects.filter(id__in=task_ids).values_list("parent_id", flat=True)
+    return sorted({parent for parent in found if parent is not None})
+
+
+# A workflow has no attempts of its own.
+SUM_UP = """
+UPDATE llmtasks_task t SET
+    input_tokens = s.input, cached_input_tokens = s.cached, cache_write_tokens = s.written,
+    output_tokens = s.output, reasoning_tokens = s.reasoning, cost = s.cost,
+    cost_state = s.cost_state
+FROM (
+    SELECT parent_id, sum(input_tokens) AS input, sum(cached_input_tokens) AS cached,
+        sum(cache_write_tokens) AS written, sum(output_tokens) AS output,
+        sum(reasoning_tokens) AS reasoning,
+        CASE WHEN bool_or(cost_state = 'unpriced') THEN NULL ELSE sum(cost) END AS cost,
+        CASE WHEN bool_or(cost_state = 'unpriced') THEN 'unpriced'
+             WHEN bool_or(cost_state = 'estimated') THEN 'estimated'
+             WHEN bool_or(cost_state = 'final') THEN 'final' ELSE '' END AS cost_state
+    FROM llmtasks_task WHERE parent_id = ANY(%(ids)s) GROUP BY parent_id
+) s
+WHERE t.id = s.parent_id AND t.id = ANY(%(ids)s)
+    AND (t.cost, t.cost_state, t.input_tokens, t.cached_input_tokens, t.cache_write_tokens,
+         t.output_tokens, t.reasoning_tokens)
+        IS DISTINCT FROM
+        (s.cost, s.cost_state, s.input, s.cached, s.written, s.output, s.reasoning)
+RETURNING t.id, t.cost
+"""
+
+
+def sum_up(task_ids: Sequence[UUID], among: QuerySet[Task] | None = None) -> Decimal | None:
+    """Make workflows' tokens and cost the sums over their children, and so on upward for as long
+    as something changes. Other tasks are left alone. The cost of the last one, if it changed."""
+    rows = Task.objects.all() if among is None else among
+    wanted, cost = sorted(task_ids), None
+    while wanted:
+        with transaction.atomic():
+            # Locked before they are summed: else the older of two sums might be written last.
+            found = rows.filter(id__in=wanted, kind=Kind.WORKFLOW).order_by("id")
+            locked = list(found.select_for_update(of=("self",)).values_list("id", flat=True))
+            changed = fetch(SUM_UP, {"ids": locked}) if locked else []
+        cost = changed[-1][1] if changed else cost
+        wanted = parents_of([task_id for task_id, _ in changed]) if changed else []
+        rows = Task.objects.all()
+    return cost
+
+
+# All that is open below the tasks, workflows' own steps too.
+OPEN_BELOW = """
+WITH RECURSIVE below AS (
+    SELECT id, kind FROM llmtasks_task
+    WHERE parent_id = ANY(%(ids)s) AND status IN ('waiting', 'queued', 'running', 'blocked')
+    UNION ALL
+    SELECT c.id, c.kind FROM below b JOIN llmtasks_task c ON c.parent_id = b.id
+    WHERE b.kind = 'workflow' AND c.status IN ('waiting', 'queued', 'running', 'blocked')
+)
+SELECT id FROM below ORDER BY id
+"""
+CANCEL_MANY = """
+WITH mine AS (
+    SELECT id FROM llmtasks_task
+    WHERE id = ANY(%(ids)s) AND status IN ('waiting', 'queued', 'running', 'blocked')
+    ORDER BY id FOR UPDATE
+)
+UPDATE llmtasks_task t SET
+    status = CASE WHEN status = 'running' THEN status ELSE 'cancelled' END,
+    cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
+    finished_at = CASE WHEN status <> 'running' THEN clock_timestamp() END,
+    error_class = CASE WHEN status = 'running' THEN error_class ELSE 'Cancelled' END,
+    error_message = CASE WHEN status = 'running' THEN error_message ELSE %(why)s END
+FROM mine WHERE t.id = mine.id
+    AND (t.status <> 'running' OR t.cancel_requested_at IS NULL)
+RETURNING t.id, t.status
+"""
+CANCELLED_AT_ONCE = 1000
+
+
+def cancel_below(task_ids: Sequence[UUID], why: str) -> list[UUID]:
+    """Cancel all that is open below the tasks: at once what waits, within a second what runs.
+    Which ended at once."""
+    return cancel_many([task_id for (task_id,) in fetch(OPEN_BELOW, {"ids": list(task_ids)})], why)
+
+
+def cancel_many(ids: Sequence[UUID], why: str) -> list[UUID]:
+    """As `cancel_below`, for these tasks themselves."""
+    ids, ended = sorted(ids), []
+    for at in range(0, len(ids), CANCELLED_AT_ONCE):
+        batch = {"ids": ids[at : at + CANCELLED_AT_ONCE], "why": why}
+        moved = fetch(CANCEL_MANY, batch)
+        ended += [task_id for task_id, status in moved if status == Status.CANCELLED]
+    return ended
 
 
 def write_ended(task: Task, end: End) -> None:

@@ -25,8 +25,10 @@ from providers.types import EmbeddingRequest, Request
 
 log = logging.getLogger(__name__)
 
-# Stands for a provider in the names of the queues of tools' tasks; no provider is called so.
+# Stand for a provider in the names of queues of tasks that call none themselves; no provider is
+# called so. Apart, since a tool may take long, and a workflow's steps are short.
 TOOLS = "tools"
+WORKFLOWS = "workflows"
 # A key in a file: longer ones are no key.
 MAX_CREDENTIAL_BYTES = 16_384
 
@@ -115,7 +117,9 @@ def read(version: int) -> Snapshot:
             log.error(
                 "a route has no candidates: its calls are refused", extra={"route": route.name}
             )
-    paused = {TOOLS: False} | dict(ProviderRow.objects.values_list("name", "is_paused"))
+    paused = {TOOLS: False, WORKFLOWS: False} | dict(
+        ProviderRow.objects.values_list("name", "is_paused")
+    )
     return Snapshot(version=version, routes=routes, providers=paused)
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from django.db import transaction
 
-from llmtasks import bodies, events, queues, webhooks
+from llmtasks import bodies, events, ledger, queues, webhooks
 from llmtasks.errors import Lost, Snooze
 from llmtasks.ledger import ClockTimestamp
 from llmtasks.models import FINAL, Status, Step, Task, TaskPayload
@@ -23,12 +23,16 @@ UPDATE llmtasks_task t SET
                   WHEN EXISTS (
                       SELECT 1 FROM llmtasks_step s WHERE s.task_id = t.id
                           AND s.status IN ('approval', 'unknown')
-                  ) OR EXISTS (
-                      SELECT 1 FROM llmtasks_task c WHERE c.id = ANY(%(children)s)
+                  ) OR (
+                      SELECT count(*) FROM llmtasks_task c WHERE c.id = ANY(%(children)s)
                           AND c.status NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
-                  ) THEN 'blocked' ELSE 'waiting' END,
+                  ) > %(may_be_open)s THEN 'blocked' ELSE 'waiting' END,
     finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
-    owner_id = NULL, not_before = clock_timestamp(), waits_for = %(children)s
+    error_class = CASE WHEN cancel_requested_at IS NOT NULL THEN 'Cancelled' ELSE '' END,
+    error_message = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled on request'
+                         ELSE '' END,
+    owner_id = NULL, not_before = clock_timestamp(), waits_for = %(children)s,
+    may_be_open = %(may_be_open)s
 WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s
 RETURNING status
 """
@@ -41,9 +45,10 @@ WITH free AS (
         AND NOT EXISTS (
             SELECT 1 FROM llmtasks_step s WHERE s.task_id = t.id
                 AND s.status IN ('approval', 'unknown'))
-        AND NOT EXISTS (
-            SELECT 1 FROM llmtasks_task c WHERE c.id = ANY(t.waits_for)
-                AND c.status NOT IN ('succeeded', 'failed', 'cancelled', 'expired'))
+        AND (
+            SELECT count(*) FROM llmtasks_task c WHERE c.id = ANY(t.waits_for)
+                AND c.status NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+        ) <= t.may_be_open
     ORDER BY id LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'waiting', not_before = clock_timestamp()
@@ -62,6 +67,12 @@ def of(task_id: UUID) -> list[Step]:
     return list(Step.objects.filter(task_id=task_id).order_by("number"))
 
 
+def page(task_id: UUID, after: int, limit: int) -> list[Step]:
+    """So many of them that come after a number."""
+    rows = Step.objects.filter(task_id=task_id, number__gt=after)
+    return list(rows.order_by("number")[:limit])
+
+
 def hold(task: Task) -> None:
     """Within a transaction: nobody takes the task before its end. Raises `Lost`."""
     mine = Task.objects.select_for_update().filter(
@@ -75,10 +86,24 @@ def begin(task: Task, rows: Sequence[Step], children: Sequence[Task] = ()) -> No
     """Write steps, and the child tasks that they become, all or none. Raises `Lost`."""
     if not rows:
         return
+    record(task, (), rows, children)
+
+
+# What of a workflow's step changes.
+CHANGED = ("status", "error_class", "output", "input", "child_id", "tries", "finished_at")
+
+
+def record(
+    task: Task, changed: Sequence[Step], new: Sequence[Step], children: Sequence[Task]
+) -> None:
+    """Write how steps went on, the steps that begin, and their child tasks, all or none. Raises
+    `Lost`."""
     with transaction.atomic():
         hold(task)
-        Step.objects.bulk_create(rows)
-        webhooks.announce(rows)
+        if changed:
+            Step.objects.bulk_update(changed, CHANGED, batch_size=500)
+        Step.objects.bulk_create(new)
+        webhooks.announce(new)
         Task.objects.bulk_create(children)
         TaskPayload.objects.bulk_create(
             TaskPayload(task_id=child.id, version=bodies.VERSION, request=bodies.loads(child.body))
@@ -101,10 +126,14 @@ def change(task: Task, step: Step, status: str, **fields: Any) -> None:
         setattr(step, name, value)
 
 
-def block(task: Task, children: Sequence[UUID]) -> None:
-    """Let go of the task until its children have ended and people have decided. Raises `Lost`;
-    `Snooze` once it is written."""
-    rows = fetch(BLOCK, {"task": task.id, "fence": task.fence, "children": sorted(children)})
+def block(task: Task, children: Sequence[UUID], may_be_open: int = 0) -> None:
+    """Let go of the task until its children have ended, all but so many, and people have decided.
+    Raises `Lost`; `Snooze` once it is written."""
+    values = {
+        "task": task.id, "fence": task.fence, "children": sorted(children),
+        "may_be_open": may_be_open,
+    }  # fmt: skip
+    rows = fetch(BLOCK, values)
     if not rows:
         raise Lost
     task.status = rows[0][0]
@@ -120,6 +149,9 @@ def wake(ids: Sequence[UUID] | None = None) -> list[UUID]:
 def wake_parents(age_s: float) -> list[UUID]:
     """As `wake`, for the parents of children that ended in the last seconds."""
     parents = [parent for (parent,) in fetch(PARENTS, {"age": age_s})]
+    if parents:
+        # Of those that ended before their children did.
+        ledger.sum_up(parents, Task.objects.filter(status__in=FINAL))
     return wake(parents) if parents else []
 
 

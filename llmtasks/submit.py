@@ -75,6 +75,8 @@ def inline(work: Work) -> Task:
     """An unsaved task for work that runs in the caller's thread. Raises `ApiError`s."""
     if work.run_at is not None:
         raise InvalidInput("inline work runs now: leave run_at out, or queue it", param="run_at")
+    if work.kind == Kind.WORKFLOW:
+        raise InvalidInput("a workflow is queued: leave mode out", param="mode")
     return make(work, Mode.INLINE)
 
 
@@ -178,9 +180,11 @@ def make(work: Work, mode: str) -> Task:
 
 
 def place_of(work: Work) -> tuple[str, str]:
-    """The route, and the provider whose queue it goes to; a tool's task has its own."""
+    """The route, and the provider whose queue it goes to; tools and workflows have their own."""
     if work.kind == Kind.TOOL:
         return work.request.tool, routing.TOOLS
+    if work.kind == Kind.WORKFLOW:
+        return work.request.name, routing.WORKFLOWS
     request = work.request.chat if work.kind == Kind.AGENT else work.request
     route = routing.find(work.request.model, work.kind)
     candidates = routing.supporting(route, request)

@@ -101,15 +101,38 @@ UPDATE llmtasks_attempt a SET state = 'unknown', cost_state =
 FROM ended WHERE a.task_id = ended.id AND a.state = 'sent' RETURNING a.task_id
 """
 
+# Parents by one index probe each, however many children they have; then what of theirs is open
+# though they ended: the process died that was to cancel it, or the parent's own deadline passed.
+LEFT_BELOW = """
+WITH RECURSIVE parents AS (
+    (SELECT parent_id AS id FROM llmtasks_task
+     WHERE parent_id IS NOT NULL AND status IN ('waiting', 'queued', 'running', 'blocked')
+     ORDER BY parent_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT parent_id FROM llmtasks_task
+            WHERE parent_id > p.id AND status IN ('waiting', 'queued', 'running', 'blocked')
+            ORDER BY parent_id LIMIT 1)
+    FROM parents p WHERE p.id IS NOT NULL
+)
+SELECT t.id FROM parents p JOIN llmtasks_task t ON t.id = p.id
+WHERE t.kind = 'workflow' AND t.status IN ('succeeded', 'failed', 'cancelled', 'expired')
+"""
+# Between two looks for it.
+LOOK_BELOW_S = 5.0
+
 _attempts_looked_at = float("-inf")
+_looked_below_at = float("-inf")
 
 
 def run() -> int:
     """One sweep; how many tasks were moved."""
-    global _attempts_looked_at
+    global _attempts_looked_at, _looked_below_at
     if time.monotonic() - _attempts_looked_at >= LOOK_AT_ATTEMPTS_S:
         _attempts_looked_at = time.monotonic()
         close_left_open()
+    if time.monotonic() - _looked_below_at >= LOOK_BELOW_S:
+        _looked_below_at = time.monotonic()
+        cancel_left_below()
     return take_from_dead() + put_back_lost_hints() + expire()
 
 
@@ -141,6 +164,16 @@ def close_left_open() -> int:
     if rows:
         log.warning("closed attempts that were left open", extra={"attempts": len(rows)})
     return len(rows)
+
+
+def cancel_left_below() -> int:
+    """What is open below workflows that ended; how much of it ended at once."""
+    ended = [task_id for (task_id,) in fetch(LEFT_BELOW)]
+    if not ended:
+        return 0
+    cancelled = ledger.cancel_below(ended, "the workflow that it is a step of ended")
+    tell([(task_id, Status.CANCELLED) for task_id in cancelled])
+    return len(cancelled)
 
 
 def take_over() -> int:

@@ -157,6 +157,8 @@ def output_of(task: Task, response: Any) -> dict[str, Any]:
     """The answer's body of a task of any kind."""
     if task.kind == Kind.TOOL:
         return {"tool": task.route, "content": response.content}
+    if task.kind == Kind.WORKFLOW:
+        return {"workflow": task.route, "value": response.value}
     if task.kind == Kind.EMBEDDING:
         return embeddings(task, response)
     return completion(task, response)
@@ -174,6 +176,7 @@ def step(row: Step) -> dict[str, Any]:
         "content": content,
         "error": row.error_class or None,
         "task": None if row.child_id is None else str(row.child_id),
+        "tries": row.tries,
         "started_at": moment(row.started_at),
         "finished_at": moment(row.finished_at),
         "decided_by": row.decided_by or None,

@@ -3,12 +3,21 @@
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
 
-from llmtasks.api.bodies import Body, Json, Metadata, Scheduling, User
+from llmtasks.api.bodies import Body, Json, Metadata, Scheduling, User, at
 from llmtasks.api.bodies_chat import ChatInput
 from llmtasks.api.bodies_embeddings import EmbeddingInput
 from llmtasks.bodies import AgentRequest, ToolRequest
+from llmtasks.workflows.spec import Stored, Workflow
 from providers.types import ToolSpec
 
 MAX_BULK = 1000
@@ -106,6 +115,39 @@ class NewToolTask(NewTask):
     input: ToolInput
 
 
+class WorkflowInput(Body):
+    """A stored workflow by its name, or a declaration."""
+
+    workflow: Stored | None = Field(
+        None, description="One of GET /v1/workflows: `name@3`, or `name` for its latest version."
+    )
+    spec: Workflow | None = None
+    input: Json = Field(default_factory=dict, description="What `{{ input.… }}` names.")
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> "WorkflowInput":
+        if (self.workflow is None) == (self.spec is None):
+            raise at("workflow", "give either workflow or spec")
+        return self
+
+    def request(self) -> "WorkflowInput":
+        # What a name stands for depends on who asks: `api/workflows.py`.
+        return self
+
+
+class NewWorkflowTask(NewTask):
+    kind: Literal["workflow"]
+    input: WorkflowInput
+
+
+class NewVersion(Body):
+    """What POST /v1/workflows takes."""
+
+    name: Annotated[str, Field(pattern="^[a-z][a-z0-9-]{0,63}$")]
+    spec: Workflow
+    comment: str = Field("", max_length=200)
+
+
 class Invocation(Scheduling):
     """What POST /v1/tools/{name}/invoke takes."""
 
@@ -132,11 +174,13 @@ AnyNewTask = Annotated[
     Annotated[NewChatTask, Tag("<chat>")]
     | Annotated[NewEmbeddingTask, Tag("<embedding>")]
     | Annotated[NewAgentTask, Tag("<agent>")]
-    | Annotated[NewToolTask, Tag("<tool>")],
+    | Annotated[NewToolTask, Tag("<tool>")]
+    | Annotated[NewWorkflowTask, Tag("<workflow>")],
     Discriminator(
         tag_of_task,
         custom_error_type="at.kind",
-        custom_error_message="give an object whose kind is chat, embedding, agent or tool",
+        custom_error_message="give an object whose kind is chat, embedding, agent, tool or"
+        " workflow",
     ),
 ]
 
@@ -145,9 +189,10 @@ class BulkBody(Body):
     tasks: list[Any] = Field(min_length=1, max_length=MAX_BULK)
 
 
-TASK: TypeAdapter[NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask] = TypeAdapter(
-    AnyNewTask
+TASK: TypeAdapter[NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask | NewWorkflowTask] = (
+    TypeAdapter(AnyNewTask)
 )
+NEW_VERSION = TypeAdapter(NewVersion)
 BULK = TypeAdapter(BulkBody)
 INVOCATION = TypeAdapter(Invocation)
 DECISION = TypeAdapter(Decision)

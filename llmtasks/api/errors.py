@@ -32,7 +32,14 @@ from llmtasks.telemetry import request_id_var
 logger = logging.getLogger(__name__)
 
 API = "/v1/"
-NATIVE = ("/v1/tasks", "/v1/tools", "/v1/providers", "/v1/prompts", "/v1/feedback")
+NATIVE = (
+    "/v1/tasks",
+    "/v1/tools",
+    "/v1/workflows",
+    "/v1/providers",
+    "/v1/prompts",
+    "/v1/feedback",
+)
 NOTHING_HERE = "There is nothing here; /v1/docs lists what there is."
 FAULT = "Internal error; the log has it as {}."
 POSTGRES_AWAY = (
@@ -70,6 +77,8 @@ ENDINGS = {
     "LimitReached": Told(429, "rate_limit_exceeded"),
     "AgentStopped": Told(422, "agent_stopped"),
     "ToolFailed": Told(422, "tool_failed"),
+    "StepFailed": Told(422, "step_failed"),
+    "WorkflowStopped": Told(422, "workflow_stopped"),
     "Interrupted": Told(503, "interrupted"),
     "Cancelled": Told(409, "cancelled"),
     "ClientLeft": Told(499, "client_left"),

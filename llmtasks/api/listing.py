@@ -96,6 +96,17 @@ def limit_of(value: str) -> int:
     raise InvalidInput(f"limit: give a number from 1 to {MAX_LIMIT}", param="limit")
 
 
+def whole_number(query: QueryDict, name: str, default: int, *, least: int, most: int) -> int:
+    """A parameter's number. Raises InvalidInput."""
+    text = query.get(name)
+    if text is None:
+        return default
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) < 11 and least <= int(text) <= most:
+        return int(text)
+    raise InvalidInput(f"{name}: give a number from {least} to {most}", param=name)
+
+
 def first_id(name: str, value: str) -> UUID:
     """The smallest id of the moment."""
     try:

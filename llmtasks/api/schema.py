@@ -18,6 +18,8 @@ from llmtasks.api.bodies_tasks import (
     NewChatTask,
     NewEmbeddingTask,
     NewToolTask,
+    NewVersion,
+    NewWorkflowTask,
 )
 
 PROBLEM = "application/problem+json"
@@ -172,6 +174,7 @@ create_task = extend_schema(
         "application/vnd.embedding+json": NewEmbeddingTask,
         "application/vnd.agent+json": NewAgentTask,
         "application/vnd.tool+json": NewToolTask,
+        "application/vnd.workflow+json": NewWorkflowTask,
     },
     responses={
         200: told(shapes.Task, "Final, or run inline."),
@@ -283,9 +286,47 @@ invoke_tool = extend_schema(
 )
 task_steps = extend_schema(
     operation_id="task_steps",
-    summary="What an agent did, step by step",
+    summary="What an agent or a workflow did, step by step",
     tags=["Tasks"],
+    parameters=[
+        query("limit", "1 to 1000, 1000 if left out.", int),
+        query("after", "`next_after` of the page before.", int),
+    ],
     responses={200: told(shapes.StepPage, "The steps in order."), **problems(*READING)},
+)
+create_version = extend_schema(
+    operation_id="create_workflow_version",
+    summary="Store a workflow, or a new version of one",
+    description="Versions never change. The same declaration as the latest version's is that"
+    " version.",
+    tags=["Workflows"],
+    request={"application/json": NewVersion},
+    responses={
+        200: told(shapes.WorkflowShape, "It is the latest version already."),
+        201: told(shapes.WorkflowShape, "The new version."),
+        **problems(400, 401, 403, 404, 413, 503),
+    },
+)
+list_workflows = extend_schema(
+    operation_id="list_workflows",
+    summary="The workflows that may be used",
+    description="The latest version of each: your own, and those that are shared.",
+    tags=["Workflows"],
+    parameters=[
+        query("limit", "1 to 100, 20 if left out.", int),
+        query("cursor", "`next_cursor` of the page before."),
+    ],
+    responses={200: told(shapes.WorkflowPage, "A page."), **problems(400, 401, 403, 503)},
+)
+get_workflow = extend_schema(
+    operation_id="get_workflow",
+    summary="A workflow's version",
+    description="`name@3`, or `name` for the latest.",
+    tags=["Workflows"],
+    parameters=[
+        OpenApiParameter("name", str, OpenApiParameter.PATH, description="`name` or `name@3`.")
+    ],
+    responses={200: told(shapes.WorkflowShape, "The version."), **problems(*READING, 403)},
 )
 decide_step = extend_schema(
     operation_id="decide_step",

@@ -57,7 +57,7 @@ class TaskSummary(BaseModel):
 
     id: str
     object: Literal["task"]
-    kind: Literal["chat", "embedding", "tool", "agent"]
+    kind: Literal["chat", "embedding", "tool", "agent", "workflow"]
     status: Literal[
         "waiting", "queued", "running", "blocked", "succeeded", "failed", "cancelled", "expired"
     ]
@@ -255,17 +255,24 @@ class ToolPage(BaseModel):
 
 
 class StepShape(BaseModel):
-    """One thing that an agent did. `arguments` and `content` are a tool's, `task` is what a call in
-    the background became."""
+    """One thing that an agent or a workflow did. `arguments` and `content` are a tool's; a
+    workflow's step has its answer in its `task`, and `content` is what it has without one: a
+    transform's value, a default, or why it failed."""
 
     number: int
-    kind: Literal["model", "tool", "wait"]
+    kind: Literal[
+        "model", "tool", "wait", "prompt", "agent", "transform", "workflow", "pipeline",
+        "parallel", "route", "orchestrator", "evaluate", "decision",
+    ]  # fmt: skip
     name: str
-    status: Literal["running", "open", "approval", "approved", "done", "failed", "unknown"]
+    status: Literal[
+        "running", "open", "approval", "approved", "done", "failed", "skipped", "unknown"
+    ]
     arguments: dict[str, Any] | None
-    content: str | None
+    content: Any
     error: str | None
     task: str | None
+    tries: int
     started_at: datetime | None
     finished_at: datetime | None
     decided_by: str | None
@@ -273,8 +280,34 @@ class StepShape(BaseModel):
 
 
 class StepPage(BaseModel):
+    """`next_after` goes into `after` for the next page."""
+
     object: Literal["list"]
     data: list[StepShape]
+    has_more: bool
+    next_after: int | None
+
+
+class WorkflowShape(BaseModel):
+    """A stored workflow's version. `versions` are the numbers that there are."""
+
+    object: Literal["workflow"]
+    name: str
+    version: int
+    reference: str
+    is_shared: bool
+    comment: str | None
+    created_at: datetime
+    created_by: str | None
+    spec: dict[str, Any]
+    versions: list[int] | None
+
+
+class WorkflowPage(BaseModel):
+    object: Literal["list"]
+    data: list[WorkflowShape]
+    has_more: bool
+    next_cursor: str | None
 
 
 class ModelShape(BaseModel):

@@ -18,6 +18,8 @@ from llmtasks.api.bodies_tasks import (
     NewChatTask,
     NewEmbeddingTask,
     NewToolTask,
+    NewWorkflowTask,
+    WorkflowInput,
 )
 from llmtasks.api.doors import (
     ApiView,
@@ -38,12 +40,13 @@ from llmtasks.api.openai import NOT_STREAMED, socket_of, tell_outcome
 from llmtasks.api.streaming import stream_events
 from llmtasks.api.tools import check_work
 from llmtasks.api.waiting import accepted, load, tell_preferences, url_of, watched
+from llmtasks.api.workflows import requested
 from llmtasks.errors import ApiError, Conflict, InvalidInput, KeyReused, NotFound
 from llmtasks.execute import Outcome
 from llmtasks.models import FINAL, IdempotencyKey, Mode, Scope, Status, Task
 from llmtasks.submit import Idempotency, Work
 
-AnyNewTask = NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask
+AnyNewTask = NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask | NewWorkflowTask
 BULK_ENDPOINT = "/v1/tasks/bulk"
 
 
@@ -195,7 +198,7 @@ def work_for(
     return work_of(
         principal,
         body.kind,
-        check_work(principal, given.request()),
+        asked(principal, given),
         body,
         metadata=getattr(given, "metadata", None) if body.metadata is None else body.metadata,
         user=getattr(given, "user", None) if body.user is None else body.user,
@@ -203,6 +206,13 @@ def work_for(
         idempotency=idempotency,
         prompt=prompt,
     )
+
+
+def asked(principal: auth.Principal, given: Any) -> Any:
+    """What is to be done, with all that it names looked up. Raises InvalidInput, NotFound."""
+    if isinstance(given, WorkflowInput):
+        return requested(principal, given)
+    return check_work(principal, given.request())
 
 
 def within_input(param: str | None) -> str | None:

@@ -8,7 +8,7 @@ from rest_framework.request import Request
 
 from llmtasks import bodies as stored
 from llmtasks import execute, steps, submit
-from llmtasks.api import answers, bodies, schema
+from llmtasks.api import answers, bodies, listing, schema
 from llmtasks.api.auth import Principal
 from llmtasks.api.bodies_tasks import DECISION, INVOCATION
 from llmtasks.api.doors import (
@@ -30,6 +30,9 @@ from llmtasks.models import Kind, Mode, Scope, Step, Task
 from llmtasks.tools import allowed
 from llmtasks.tools.registry import Tool, registry
 from llmtasks.tools.run import fault_of
+
+# Of one page.
+MOST_STEPS = 1000
 
 
 class Tools(ApiView):
@@ -81,8 +84,19 @@ class Steps(ApiView):
         principal = principal_of(request)
         principal.require(Scope.READ, task_id)
         load(task_id, principal.tenant_id)
-        data = [answers.step(row) for row in steps.of(task_id)]
-        return answers.json_response({"object": "list", "data": data})
+        after = listing.whole_number(request.GET, "after", -1, least=-1, most=2**31 - 1)
+        limit = listing.whole_number(request.GET, "limit", MOST_STEPS, least=1, most=MOST_STEPS)
+        rows = steps.page(task_id, after, limit + 1)
+        shown_rows = rows[:limit]
+        has_more = len(rows) > limit
+        return answers.json_response(
+            {
+                "object": "list",
+                "data": [answers.step(row) for row in shown_rows],
+                "has_more": has_more,
+                "next_after": shown_rows[-1].number if has_more else None,
+            }
+        )
 
 
 class Decide(ApiView):

@@ -15,6 +15,7 @@ from llmtasks.api import (
     schema,
     tasks,
     tools,
+    workflows,
 )
 from llmtasks.api.errors import NOTHING_HERE, answer
 from llmtasks.errors import NotFound
@@ -52,6 +53,8 @@ urlpatterns = [
     path("v1/tasks/<uuid:task_id>/events", tasks.Events.as_view()),
     path("v1/tools", tools.Tools.as_view()),
     path("v1/tools/<str:name>/invoke", tools.Invoke.as_view()),
+    path("v1/workflows", workflows.Workflows.as_view()),
+    path("v1/workflows/<str:name>", workflows.OneWorkflow.as_view()),
     path("v1/schema", schema.Schema.as_view(), name="schema"),
     path("v1/docs", schema.Docs.as_view(), name="docs"),
     re_path(r"^v1(?:/|\Z)", nowhere),

@@ -1,7 +1,8 @@
 """The tables: who asks (tenancy), what is configured (config), what may be used (limits), work
-and its steps, money, prompts and feedback."""
+its steps and stored workflows, money, prompts and feedback."""
 
 from llmtasks.models.config import Config, Provider, ProviderModel, Route, RouteCandidate
+from llmtasks.models.flows import Workflow, WorkflowVersion
 from llmtasks.models.limits import WINDOWS, Limit, ProviderEvent
 from llmtasks.models.money import Adjustment, Attempt, CostState, Price
 from llmtasks.models.prompts import Feedback, Prompt, PromptLabel, PromptVersion
@@ -57,4 +58,6 @@ __all__ = [
     "TaskPayload",
     "Tenant",
     "Worker",
+    "Workflow",
+    "WorkflowVersion",
 ]

@@ -59,8 +59,8 @@ class Provider(models.Model):
         return self.name
 
     def clean(self) -> None:
-        if self.name == "tools":
-            raise ValidationError({"name": "This name stands for the tools' own queues."})
+        if self.name in ("tools", "workflows"):
+            raise ValidationError({"name": f"This name stands for the {self.name}' own queues."})
         if self.adapter not in registry.adapters():
             known = ", ".join(sorted(registry.adapters()))
             raise ValidationError({"adapter": f"Unknown adapter; there are {known}."})

@@ -20,6 +20,7 @@ class Kind(models.TextChoices):
     EMBEDDING = "embedding", "embedding"
     TOOL = "tool", "tool"
     AGENT = "agent", "agent"
+    WORKFLOW = "workflow", "workflow"
 
 
 class Mode(models.TextChoices):
@@ -146,6 +147,8 @@ class Task(models.Model):
     parent_id = models.UUIDField(null=True, blank=True)
     # While blocked: the children whose end it waits for.
     waits_for = ArrayField(models.UUIDField(), null=True, blank=True, editable=False)
+    # It is woken once so many of them, or fewer, are left open.
+    may_be_open = models.IntegerField(default=0, db_default=0, editable=False)
     retry_of = models.UUIDField(null=True, blank=True)
 
     # What an unsaved task carries until it is written: the request as JSON text, and the row of
@@ -188,6 +191,15 @@ class Task(models.Model):
                 fields=("parent_id", "id"),
                 name="task_children",
                 condition=Q(parent_id__isnull=False),
+            ),
+            # What ends with its parent.
+            models.Index(
+                fields=("parent_id", "id"),
+                name="task_open_children",
+                condition=Q(
+                    parent_id__isnull=False,
+                    status__in=("waiting", "queued", "running", "blocked"),
+                ),
             ),
             # Whose parents may have to be woken.
             models.Index(

@@ -92,6 +92,8 @@ def test_the_schema_describes_every_path(client: Client):
         "/v1/tasks/{task_id}/feedback",
         "/v1/tools",
         "/v1/tools/{name}/invoke",
+        "/v1/workflows",
+        "/v1/workflows/{name}",
     }
     chat = schema["components"]["schemas"]["ChatBody"]
     assert {"model", "messages", "stream", "background"} <= set(chat["properties"])
