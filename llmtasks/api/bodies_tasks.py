@@ -140,7 +140,7 @@ class NewWorkflowTask(NewTask):
     input: WorkflowInput
 
 
-class NewVersion(Body):
+class NewWorkflow(Body):
     """What POST /v1/workflows takes."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9-]{0,63}$")]
@@ -192,7 +192,7 @@ class BulkBody(Body):
 TASK: TypeAdapter[NewChatTask | NewEmbeddingTask | NewAgentTask | NewToolTask | NewWorkflowTask] = (
     TypeAdapter(AnyNewTask)
 )
-NEW_VERSION = TypeAdapter(NewVersion)
+NEW_VERSION = TypeAdapter(NewWorkflow)
 BULK = TypeAdapter(BulkBody)
 INVOCATION = TypeAdapter(Invocation)
 DECISION = TypeAdapter(Decision)

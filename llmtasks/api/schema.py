@@ -18,7 +18,7 @@ from llmtasks.api.bodies_tasks import (
     NewChatTask,
     NewEmbeddingTask,
     NewToolTask,
-    NewVersion,
+    NewWorkflow,
     NewWorkflowTask,
 )
 
@@ -300,7 +300,7 @@ create_version = extend_schema(
     description="Versions never change. The same declaration as the latest version's is that"
     " version.",
     tags=["Workflows"],
-    request={"application/json": NewVersion},
+    request={"application/json": NewWorkflow},
     responses={
         200: told(shapes.WorkflowShape, "It is the latest version already."),
         201: told(shapes.WorkflowShape, "The new version."),
