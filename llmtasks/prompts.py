@@ -21,13 +21,15 @@ from django.core.exceptions import ValidationError
 from django.core.validators import RegexValidator
 from django.db import transaction
 from django.db.models import Max
+from pydantic import ValidationError as PydanticError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from llmtasks import bodies
 from llmtasks.errors import InvalidInput, NotFound
-from llmtasks.models import Prompt, PromptLabel, PromptVersion
+from llmtasks.models import Kind, Prompt, PromptLabel, PromptVersion
 from llmtasks.models.prompts import LABEL, NAME
+from providers.types import Request
 
 REFERENCE = re.compile(r"([a-z][a-z0-9-]{0,62})(?:@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,31}))?\Z")
 PLACEHOLDER = re.compile(r"\\\{\{|\{\{(.*?)(?:\}\}|\Z)", re.DOTALL)
@@ -41,6 +43,10 @@ PARAMETERS = frozenset(
         "service_tier", "stop", "temperature", "thinking", "top_p", "verbosity",
     }
 )  # fmt: skip
+# Those that are called the same in our vocabulary.
+SAME = PARAMETERS - {
+    "max_completion_tokens", "max_tokens", "response_format", "stop", "thinking", "verbosity",
+}  # fmt: skip
 # Keywords by which a schema could reach elsewhere, or take for ever.
 REFUSED_KEYWORDS = frozenset({"$ref", "$dynamicRef", "$id", "pattern", "patternProperties"})
 MAX_MESSAGES = 100
@@ -189,6 +195,45 @@ def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
     return dict(schema.get("properties", {}))
 
 
+# --- A call of its own ----------------------------------------------------------------------------
+
+
+def request_of(found: Rendered, model: str = "") -> Request:
+    """The call that a prompt makes where nobody says more. Raises InvalidInput."""
+    if not (model := model or found.model):
+        raise fault("model", f"{found.reference} has none: give one")
+    said = [
+        {"role": message["role"], "parts": [{"type": "text", "text": message["content"]}]}
+        for message in found.messages
+    ]
+    values = {"model": model, "messages": said, **as_stored(found.parameters)}
+    try:
+        request: Request = bodies.load_request(Kind.CHAT, values)
+    except PydanticError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(("parameters", *map(str, first["loc"])))
+        raise fault(place[:100], first["msg"]) from None
+    return request
+
+
+def as_stored(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat's parameters, as OpenAI's bodies have them, in our vocabulary."""
+    found = {name: value for name, value in given.items() if name in SAME}
+    length = given.get("max_completion_tokens", given.get("max_tokens"))
+    if length is not None:
+        found["max_output_tokens"] = length
+    if (stop := given.get("stop")) is not None:
+        found["stop"] = [stop] if isinstance(stop, str) else stop
+    if isinstance(form := given.get("response_format"), dict):
+        of = form.get("json_schema")
+        found["response_format"] = {"type": form.get("type")} | (of if isinstance(of, dict) else {})
+    if isinstance(thinking := given.get("thinking"), dict) and "budget_tokens" in thinking:
+        found["thinking_budget"] = thinking["budget_tokens"]
+    if (verbosity := given.get("verbosity")) is not None:
+        found["extra"] = {"verbosity": verbosity}
+    return found
+
+
 # --- A new version --------------------------------------------------------------------------------
 
 
@@ -274,6 +319,7 @@ def check_parameters(parameters: Any) -> dict[str, Any]:
         if name not in PARAMETERS:
             listed = ", ".join(sorted(PARAMETERS))
             raise fault(f"parameters.{name}"[:100], f"a prompt can't set this; it can set {listed}")
+    request_of(Rendered("", [], "any", parameters))
     return parameters
 
 

@@ -134,6 +134,39 @@ def test_messages_that_are_wrong_are_told(messages: Any, param: str) -> None:
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"temperature": "hot"}, "parameters.temperature"),
+        ({"max_tokens": [1]}, "parameters.max_output_tokens"),
+        ({"stop": 5}, "parameters.stop"),
+        ({"response_format": {"type": "nonsense"}}, "parameters.response_format.type"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_told_at_once(parameters: Any, param: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        prompts.check_content(USER, None, parameters)
+    assert caught.value.param == param
+
+
+def test_a_call_of_its_own_has_what_the_prompt_says() -> None:
+    schema = {"type": "object"}
+    given = {
+        "temperature": 0.1, "max_tokens": 5, "stop": "END", "reasoning_effort": "low",
+        "thinking": {"type": "enabled", "budget_tokens": 99}, "verbosity": "low",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }  # fmt: skip
+    found = Rendered("greet@3", [{"role": "system", "content": "s"}], "smart", given)
+    made = prompts.request_of(found)
+    assert (made.model, made.messages[0].role, made.temperature) == ("smart", "system", 0.1)
+    assert (made.max_output_tokens, made.stop, made.thinking_budget) == (5, ("END",), 99)
+    assert (made.extra, made.reasoning_effort) == ({"verbosity": "low"}, "low")
+    assert made.response_format is not None and made.response_format.schema == schema
+    assert prompts.request_of(found, "other").model == "other"
+    with pytest.raises(InvalidInput, match="greet@3 has none"):
+        prompts.request_of(Rendered("greet@3", [], "", {}))
+
+
 @pytest.mark.parametrize("parameters", [{"tools": []}, {"user": "x"}, {"stream": True}, []])
 def test_what_is_the_callers_is_no_parameter(parameters: Any) -> None:
     with pytest.raises(InvalidInput, match="parameters"):
