@@ -160,10 +160,15 @@ def check_schema(schema: dict[str, Any], path: str) -> None:
 
 
 def check_prompt(block: spec.Prompt, path: str) -> None:
-    if (block.text is None) == (block.messages is None):
-        raise fault(f"{path}.text", "give either text or messages")
-    if block.system is not None and block.messages is not None:
-        raise fault(f"{path}.system", "give it as one of messages")
+    given = [n for n in ("text", "messages", "prompt") if getattr(block, n) is not None]
+    if len(given) != 1:
+        raise fault(f"{path}.text", "give either text, messages or prompt")
+    if block.system is not None and block.text is None:
+        raise fault(f"{path}.system", f"it goes with text: {given[0]} has its own")
+    if block.variables and block.prompt is None:
+        raise fault(f"{path}.variables", "they go with a prompt")
+    if block.model is None and block.prompt is None:
+        raise fault(f"{path}.model", "this field is required")
     if block.answer_schema is not None:
         check_schema(block.answer_schema, f"{path}.answer_schema")
 

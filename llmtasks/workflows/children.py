@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -9,7 +10,7 @@ from uuid import UUID
 
 import orjson
 
-from llmtasks import bodies, pulse, submit
+from llmtasks import bodies, prompts, pulse, submit
 from llmtasks.bodies import AgentRequest, ToolRequest, WorkflowRequest
 from llmtasks.errors import InvalidInput
 from llmtasks.models import Kind, Mode, Task, TaskPayload
@@ -28,9 +29,13 @@ LONGEST_RETRY_S = 60.0
 
 def child_of(parent: Task, block: AnyBlock, scope: Scope, *, of_many: bool = False) -> Task:
     """The unsaved task of a block. Raises `ApiError`s, `MissingValue`, `BadOutput`."""
-    kind, request = asked(block, scope)
+    prompt = ""
+    if isinstance(block, spec.Prompt) and block.prompt is not None:
+        kind, (request, prompt) = str(Kind.CHAT), of_prompt(parent, block, block.prompt, scope)
+    else:
+        kind, request = asked(block, scope)
     return task_for(parent, kind, request, lane=block.lane, deadline_s=block.deadline_s,
-                    stream=False if of_many else None)  # fmt: skip
+                    stream=False if of_many else None, prompt=prompt)  # fmt: skip
 
 
 def task_for(
@@ -41,6 +46,7 @@ def task_for(
     lane: str | None = None,
     deadline_s: float | None = None,
     stream: bool | None = None,
+    prompt: str = "",
 ) -> Task:
     """An unsaved task that is part of another: its tenant's, key's and deadline's."""
     on_unknown = parent.on_unknown
@@ -50,6 +56,7 @@ def task_for(
         tenant_id=parent.tenant_id, key_id=parent.key_id, kind=kind, request=request,
         lane=lane or parent.lane, metadata=parent.metadata, user=parent.user,
         request_id=parent.request_id, on_unknown=on_unknown, stream=stream,
+        prompt=prompt,
     )  # fmt: skip
     child = submit.make(work, Mode.QUEUED)
     child.parent_id = parent.id
@@ -141,6 +148,30 @@ def picked(scope: Scope, block: AnyBlock) -> dict[str, Any]:
 # --- Calls of models ------------------------------------------------------------------------------
 
 
+def of_prompt(
+    parent: Task, block: spec.Prompt, reference: str, scope: Scope
+) -> tuple[Request, str]:
+    """The call that a stored prompt makes, and its exact version. Production or canary is decided
+    by the run's user, or for the run."""
+    variables = templates.render(block.variables, scope)
+    whose = parent.user or str(parent.id)
+    found = prompts.rendered(parent.tenant_id, reference, variables, whose)
+    request = prompts.request_of(found, block.model or "")
+    own = {
+        "response_format": answer_format(block),
+        "max_output_tokens": block.max_tokens,
+        "temperature": block.temperature,
+    }
+    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    return replace(request, **given), found.reference
+
+
+def answer_format(block: spec.Prompt) -> ResponseFormat | None:
+    if block.answer_schema is None:
+        return None
+    return ResponseFormat(type="json_schema", name="answer", schema=block.answer_schema)
+
+
 def chat(block: spec.Prompt, scope: Scope) -> Request:
     said = messages(block.system, block.text, scope)
     if block.messages is not None:
@@ -148,11 +179,8 @@ def chat(block: spec.Prompt, scope: Scope) -> Request:
             Message(role=m.role, parts=(Text(text=text_of(m.content, scope)),))
             for m in block.messages
         )
-    format_ = None
-    if block.answer_schema is not None:
-        format_ = ResponseFormat(type="json_schema", name="answer", schema=block.answer_schema)
     return Request(
-        model=block.model, messages=said, response_format=format_,
+        model=block.model or "", messages=said, response_format=answer_format(block),
         max_output_tokens=block.max_tokens, temperature=block.temperature,
     )  # fmt: skip
 

@@ -44,6 +44,9 @@ Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,39}$")]
 ModelName = Annotated[str, Field(min_length=1, max_length=100)]
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000)]
 ToolName = Annotated[str, Field(pattern="^[a-zA-Z][a-zA-Z0-9_-]*(@[1-9][0-9]{0,7})?$")]
+PromptName = Annotated[
+    str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,31}))?$")
+]
 Stored = Annotated[str, Field(pattern="^[a-z][a-z0-9-]{0,63}(@[1-9][0-9]{0,7})?$")]
 Dollars = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,10})?$")]
 Count = Annotated[int, Field(ge=1, le=MAX_AT_ONCE)]
@@ -99,10 +102,13 @@ class PromptMessage(Strict):
 
 class Prompt(Block):
     """One call of a model. Its output is the answer's text, with `answer: json` the value that the
-    text is; with `answer_schema` that fits the schema."""
+    text is; with `answer_schema` that fits the schema. `prompt` names a stored one, which has its
+    texts and may have its model."""
 
     kind: Literal["prompt"] = "prompt"
-    model: ModelName
+    model: ModelName | None = None
+    prompt: PromptName | None = None
+    variables: dict[str, Any] = Field(default_factory=dict)
     system: Text | None = None
     text: Text | None = None
     messages: list[PromptMessage] | None = Field(None, min_length=1, max_length=1000)
@@ -116,6 +122,7 @@ class Prompt(Block):
         yield "text", self.text
         for index, message in enumerate(self.messages or ()):
             yield f"messages[{index}].content", message.content
+        yield "variables", self.variables
 
 
 class Agent(Block):

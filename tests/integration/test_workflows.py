@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmtasks import crash, execute, ledger, steps, submit, sweep
+from llmtasks import crash, execute, ledger, prompts, steps, submit, sweep
+from llmtasks.admin import runs
 from llmtasks.models import Attempt, Kind, Provider, Status, Step, Task, Tenant
 from llmtasks.tools import registry as tools
 from llmtasks.tools.registry import ToolError, of_function
@@ -629,3 +630,51 @@ def test_a_crash_at_each_step(tenant: Tenant, monkeypatch: pytest.MonkeyPatch, p
     assert Task.objects.filter(kind="tool").count() == len(CALLS) == 6
     assert Attempt.objects.count() == 8
     assert task.cost == sum(row.cost for row in Task.objects.filter(kind="chat"))
+
+
+def test_a_stored_prompt_says_what_is_asked(tenant: Tenant) -> None:
+    said = [{"role": "user", "content": "Hello {{ name }}"}]
+    prompts.add_version(tenant.id, "greet", messages=said, model="echo", labels=["production"])
+    first = {
+        "kind": "prompt",
+        "name": "a",
+        "prompt": "greet",
+        "variables": {"name": "{{ input.who }}"},
+    }
+    second = {
+        **first,
+        "name": "b",
+        "prompt": "greet@1",
+        "variables": {"name": "{{ steps.a.output }}"},
+    }
+    assert done(tenant, pipeline(first, second), {"who": "Ann"}) == "Hello Hello Ann"
+    asked = Task.objects.filter(kind="chat").order_by("id").values_list("prompt", "route")
+    assert list(asked) == [("greet@1", "echo")] * 2
+    [(kind, message)] = [failed(tenant, pipeline({**first, "variables": {}}))]
+    assert "variables.name: greet@1 needs this variable" in message, kind
+    _, message = failed(tenant, pipeline({**first, "prompt": "greet@9"}), {"who": "Ann"})
+    assert "there is no greet@9" in message
+
+
+def test_the_admin_draws_what_was_done(tenant: Tenant) -> None:
+    many = {"kind": "parallel", "name": "all", "items": "{{ input.names }}", "max_items": 50,
+            "do": prompt(None, "{{ item }}")}  # fmt: skip
+    do = pipeline(
+        prompt("plan", "{{ input.names }}"), many, prompt("join", "{{ steps.all.output }}")
+    )
+    task = queue(tenant, do, {"names": [f"n{number}" for number in range(30)]})
+    work_off()
+    task.refresh_from_db()
+    assert task.status == Status.SUCCEEDED
+    run = runs.drawn(task)
+    assert [[(node.title, node.words) for node in wave] for wave in run.waves] == [
+        [("plan", "succeeded")], [("all", "succeeded")], [("join", "succeeded")],
+    ]  # fmt: skip
+    inner = run.waves[1][0].inner
+    assert inner is not None
+    [node] = inner.nodes
+    assert (node.count, node.words) == (30, "30 succeeded")
+    total = runs.total_of(task)
+    assert (total.tasks, total.cost) == (33, run.cost)
+    assert total.cost and total.cost == task.cost
+    assert inner.cost == run.waves[1][0].cost
