@@ -23,6 +23,7 @@ from llmtasks.admin.words import words
 from llmtasks.models import HttpTool, McpServer, McpTool
 from llmtasks.models.tools import Reached
 from llmtasks.tools import http, mcp, openapi, pins
+from llmtasks.tools.registry import registry as functions
 from providers import registry
 
 CREDENTIAL = (
@@ -74,6 +75,8 @@ class HttpToolForm(ModelForm):  # type: ignore[type-arg]
                 self.add_error("document", str(error))
         if values.get("retries") and not values.get("idempotent"):
             self.add_error("retries", "Only an idempotent tool can have retries.")
+        if values.get("version") in functions.tools.get(values.get("name", ""), {}):
+            self.add_error("name", "There is a function of this name and version: it goes first.")
         return values
 
 

@@ -29,6 +29,8 @@ from providers.errors import AuthenticationFailed
 MAX_TOOLS = 500
 MAX_NAME = 128
 MAX_PAGES = 20
+# A look at what is offered takes no longer: others wait for their turn.
+LOOK_S = 30.0
 # Of an answer, framing and escapes beside the result itself.
 FRAMING_BYTES = 1_000_000
 ERROR_SHOWN = 2000
@@ -43,7 +45,7 @@ def offered_by(server: McpServer) -> list[Offered]:
     async def work(client: Client) -> list[Offered]:
         return await listed(client)
 
-    return run(server, work)
+    return run(server, work, min(server.timeout_s, LOOK_S))
 
 
 def call(row: McpTool, values: Mapping[str, Any]) -> Any:
@@ -55,25 +57,25 @@ def call(row: McpTool, values: Mapping[str, Any]) -> Any:
             raise NotAsPinned(name_of(row), found)
         return value_of(await client.call_tool(row.name, dict(values)))
 
-    return run(row.server, work)
+    return run(row.server, work, http.time_of(row.server))
 
 
 # --- One connection -------------------------------------------------------------------------------
 
 
-def run(server: McpServer, work: Callable[[Client], Awaitable[T]]) -> T:
-    """Connect and do the work, within the server's time. Raises `ToolError`, `ToolFault`."""
+def run(server: McpServer, work: Callable[[Client], Awaitable[T]], seconds: float) -> T:
+    """Connect and do the work, within so many seconds. Raises `ToolError`, `ToolFault`."""
     secrets = secrets_of(server)
 
     async def timed() -> T:
-        with anyio.fail_after(server.timeout_s):
-            async with connected(server, secrets) as client:
+        with anyio.fail_after(seconds):
+            async with connected(server, secrets, seconds) as client:
                 return await work(client)
 
     try:
         return shown(anyio.run(timed), secrets.values())
     except Exception as error:  # noqa: BLE001 - whatever a server makes of its client is its fault
-        raise explained(server, error, secrets.values()) from None
+        raise explained(server, error, secrets.values(), seconds) from None
 
 
 def secrets_of(server: McpServer) -> dict[str, str]:
@@ -89,7 +91,9 @@ def secrets_of(server: McpServer) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def connected(server: McpServer, secrets: Mapping[str, str]) -> AsyncIterator[Client]:
+async def connected(
+    server: McpServer, secrets: Mapping[str, str], seconds: float
+) -> AsyncIterator[Client]:
     if server.transport == McpServer.Transport.STDIO:
         program, *arguments = server.command
         parameters = StdioServerParameters(command=program, args=arguments, env=dict(secrets))
@@ -101,7 +105,7 @@ async def connected(server: McpServer, secrets: Mapping[str, str]) -> AsyncItera
     transport = mcp_http.Transport(may_reach, server.max_result_bytes + FRAMING_BYTES)
     try:
         headers = http.auth(server, account)
-        async with mcp_http.client(transport, headers, server.timeout_s) as over:
+        async with mcp_http.client(transport, headers, seconds) as over:
             async with Client(
                 streamable_http_client(server.url, http_client=over), cache=None
             ) as client:
@@ -162,7 +166,9 @@ def shown(value: T, secrets: Iterable[str]) -> T:
     return wire.parse(text)  # type: ignore[no-any-return]
 
 
-def explained(server: McpServer, error: Exception, secrets: Iterable[str]) -> Exception:
+def explained(
+    server: McpServer, error: Exception, secrets: Iterable[str], seconds: float
+) -> Exception:
     """The error as the caller is told it: ours as it is, any other as the server's fault."""
     found = list(leaves(error))
     for each in found:
@@ -172,9 +178,7 @@ def explained(server: McpServer, error: Exception, secrets: Iterable[str]) -> Ex
         if isinstance(each, ToolFault):
             return ToolFault(f"{server.name}: {each}", each.error)
     if any(isinstance(each, TimeoutError) for each in found):
-        return ToolFault(
-            f"{server.name} gave no answer within {server.timeout_s:g} s", "ToolTimeout"
-        )
+        return ToolFault(f"{server.name} gave no answer within {seconds:.1f} s", "ToolTimeout")
     text = without_all(words(found[0]), secrets)
     if isinstance(found[0], MCPError) and found[0].error.code == INVALID_PARAMS:
         return ToolError(f"{server.name}: {text}")

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -39,6 +40,8 @@ MAX_ARGUMENT_BYTES = 200_000
 # Without it, a schema's reference to another document is fetched.
 NO_DOCUMENTS: Registry[Any] = Registry()
 
+# When the run of this thread is given up (monotonic).
+_ends: ContextVar[float] = ContextVar("ends", default=float("inf"))
 _abandoned = 0
 _lock = threading.Lock()
 
@@ -186,15 +189,17 @@ def meters_of(tool: Tool) -> list[Meter]:
 class Run(threading.Thread):
     """One run in a thread of its own, since nothing else can be left behind."""
 
-    def __init__(self, tool: Tool, values: Mapping[str, Any]) -> None:
+    def __init__(self, tool: Tool, values: Mapping[str, Any], seconds: float) -> None:
         super().__init__(name=f"tool-{tool.name}", daemon=True)
         self.tool = tool
         self.values = values
+        self.ends = time.monotonic() + seconds
         self.result = Result("")
         self.is_abandoned = False
 
     def run(self) -> None:
         global _abandoned
+        _ends.set(self.ends)
         try:
             self.result = given(self.tool, self.values)
         finally:
@@ -203,12 +208,17 @@ class Run(threading.Thread):
                 _abandoned -= self.is_abandoned
 
 
+def left_s() -> float:
+    """For a tool that can end by itself: how long whoever waits for this run still does."""
+    return _ends.get() - time.monotonic()
+
+
 def timed(tool: Tool, values: Mapping[str, Any], seconds: float) -> Result:
     """Run it for so long at the most; a run that goes on is left to itself, its result dropped."""
     global _abandoned
     if _abandoned >= MAX_ABANDONED:
         return Result("too many tool runs never ended: restart the process", "ToolUnavailable")
-    run = Run(tool, values)
+    run = Run(tool, values, max(0.0, seconds))
     run.start()
     run.join(max(0.0, seconds))
     with _lock:

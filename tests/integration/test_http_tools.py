@@ -156,6 +156,15 @@ def test_the_credentials_header_is_no_argument(
     assert api.seen[0][2]["x-key"] == SECRET
 
 
+def test_a_call_ends_by_itself_when_whoever_waits_gives_up(api: Api, tenant: Tenant) -> None:
+    made(api, "/slow", operation={"responses": {}})
+    caller = Caller(tenant.id, None, True, 0.5)
+    result = tool_run.run(registry.find("shop"), {}, caller)
+    assert result.error == "ToolTimeout"
+    # No thread was left behind.
+    assert tool_run._abandoned == 0
+
+
 def test_private_networks_are_refused(api: Api, tenant: Tenant, settings: Any) -> None:
     settings.PRIVATE_NETWORKS = []
     made(api, "/echo")
