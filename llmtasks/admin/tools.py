@@ -317,4 +317,6 @@ class McpToolAdmin(ModelAdmin):
 
     @admin.display(description="confirmed")
     def confirmed(self, row: McpTool) -> SafeString | str:
-        return f"by {row.confirmed_by}" if row.confirmed_by else "by the first look at its server"
+        if row.confirmed_by:
+            return f"by {row.confirmed_by}"
+        return "by the first look at its server" if row.pinned_hash else "by nobody yet"
