@@ -65,7 +65,7 @@ async def result(name: str, arguments: dict[str, Any]) -> types.CallToolResult:
     if name == "find.order":
         structured = {"state": f"order {arguments['number']} is on its way"}
     elif name == "say":
-        text = str(arguments.get("text"))
+        text, structured = str(arguments.get("text")), arguments.get("structured")
     elif name == "fails":
         content = [types.TextContent(type="text", text="the warehouse is closed")]
         return types.CallToolResult(content=content, is_error=True)

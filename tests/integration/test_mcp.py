@@ -305,6 +305,22 @@ def test_a_schema_that_is_none_takes_no_other_down(
         assert "shop_say" not in offered() and "shop_fails" in offered()
 
 
+def test_a_pattern_that_takes_for_ever_is_not_used(
+    shop: McpServer, tenant: Tenant, process: Running
+) -> None:
+    evil = {"type": "string", "pattern": "^(a+)+$"}
+    schema = {"type": "object", "properties": {"text": evil}}
+    process.steer(tools={"say": {"input_schema": schema, "output_schema": schema}})
+    pins.discover(shop)
+    text = "a" * 40 + "!"
+    given = {"text": text, "structured": {"text": text}}
+    assert run("shop_say", tenant, **given) == Result(f'{{"text":"{text}"}}')
+    # The rest of the schema holds.
+    result = run("shop_say", tenant, text="x", structured={"text": 7})
+    assert (result.error, "7 is not of type 'string'" in result.content) == ("BadResult", True)
+    assert run("shop_say", tenant, text="x").error == "BadResult"
+
+
 def test_a_schema_that_refers_elsewhere_fetches_nothing(
     shop: McpServer, tenant: Tenant, process: Running
 ) -> None:
