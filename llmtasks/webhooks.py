@@ -27,7 +27,7 @@ from django.db import Error as DatabaseError
 
 from llmtasks import routing, stores
 from llmtasks.ledger import ClockTimestamp
-from llmtasks.models import Delivery, Step, Task, Tenant
+from llmtasks.models import Delivery, Kind, Step, Task, Tenant
 from llmtasks.network import may_reach
 from llmtasks.stores import fetch
 from providers import http
@@ -142,11 +142,16 @@ def again(rows: Any) -> int:
 
 def body_of(row: Delivery, step: Step, task: Task | None) -> bytes:
     """The same for every try."""
-    arguments = step.input if len(orjson.dumps(step.input)) <= MAX_ARGUMENTS_BYTES else None
+    arguments = step.input
+    if task is not None and task.kind == Kind.WORKFLOW:
+        arguments = (step.input or {}).get("arguments")
+    if len(orjson.dumps(arguments)) > MAX_ARGUMENTS_BYTES:
+        arguments = None
     data = {
         "task": str(step.task_id),
+        "kind": task.kind if task is not None else None,
         "step": step.number,
-        "tool": step.name,
+        "name": step.name,
         "status": step.status,
         "arguments": arguments,
         "user": task.user if task is not None and task.user else None,

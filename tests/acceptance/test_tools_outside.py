@@ -74,7 +74,7 @@ def decide(cluster: Cluster, asked: dict[str, Any], decision: str) -> None:
 def test_a_person_is_asked_and_lets_the_call_through(cluster: Cluster, api: Api) -> None:
     task_id = agent(cluster, "find", "order")
     asked = told(api, task_id)
-    assert (asked["tool"], asked["status"]) == ("order@1", "approval")
+    assert (asked["name"], asked["status"]) == ("order@1", "approval")
     assert len(posts(api, "/orders/1")) == 1 and not posts(api, "/orders/2")
     decide(cluster, asked, "approve")
     assert cluster.finished(task_id)["status"] == "succeeded"
@@ -87,7 +87,7 @@ def test_a_call_whose_worker_is_killed_goes_to_a_person(cluster: Cluster, api: A
     cluster.kill9("worker-default")
     cluster.start_all()
     asked = told(api, task_id)
-    assert (asked["tool"], asked["status"]) == ("slow@1", "unknown")
+    assert (asked["name"], asked["status"]) == ("slow@1", "unknown")
     assert cluster.task(task_id)["status"] == "blocked"
     decide(cluster, asked, "refuse")
     assert cluster.finished(task_id)["status"] == "succeeded"

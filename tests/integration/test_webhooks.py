@@ -83,8 +83,9 @@ def test_a_person_is_asked(tenant: Tenant, api: Api) -> None:
     event = orjson.loads(body)
     assert event["type"] == "step.waiting"
     assert event["data"] == {
-        "task": str(task.id), "step": 1, "tool": "delete@1", "status": "approval",
-        "arguments": {}, "user": "u_1", "metadata": {}, "decide": f"/v1/tasks/{task.id}/decide",
+        "task": str(task.id), "kind": "agent", "step": 1, "name": "delete@1",
+        "status": "approval", "arguments": {}, "user": "u_1", "metadata": {},
+        "decide": f"/v1/tasks/{task.id}/decide",
     }  # fmt: skip
     assert send_due()[0].tries == 1 and len(api.seen) == 1
 

@@ -1,8 +1,13 @@
 """Signatures of webhooks, as Standard Webhooks has them."""
 
 import base64
+from datetime import UTC, datetime
+from uuid import UUID
+
+import orjson
 
 from llmtasks import webhooks
+from llmtasks.models import Delivery, Step, Task
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -28,3 +33,18 @@ def test_the_waits_fit_the_promise() -> None:
     """A receiver that is away for a day is told."""
     assert sum(webhooks.WAITS_S) > 24 * 3600
     assert webhooks.AT_ONCE * webhooks.TIMEOUT_S < webhooks.TAKEN_S
+
+
+def test_what_is_told_of_agents_and_workflows() -> None:
+    delivery = Delivery(event="step.waiting", created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    task_id = UUID(int=1)
+    step = Step(task_id=task_id, number=3, name="refund@1", status="approval", input={"cents": 5})
+    told = orjson.loads(webhooks.body_of(delivery, step, Task(id=task_id, kind="agent")))
+    assert (told["type"], told["timestamp"]) == ("step.waiting", "2026-01-01T00:00:00Z")
+    assert (told["data"]["kind"], told["data"]["arguments"]) == ("agent", {"cents": 5})
+    step.input = {"arguments": {"cents": 5}}
+    told = orjson.loads(webhooks.body_of(delivery, step, Task(id=task_id, kind="workflow")))
+    assert (told["data"]["kind"], told["data"]["arguments"]) == ("workflow", {"cents": 5})
+    step.input = {"arguments": {"text": "x" * 20_001}}
+    told = orjson.loads(webhooks.body_of(delivery, step, Task(id=task_id, kind="workflow")))
+    assert told["data"]["arguments"] is None
