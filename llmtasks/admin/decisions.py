@@ -4,6 +4,7 @@ Who decides must see what is decided on: it needs the permission to change steps
 prompts and answers.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import UUID
 from django.contrib import messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
+from django.db import OperationalError
 from django.http import (
     HttpRequest,
     HttpResponse,
@@ -26,6 +28,8 @@ from llmtasks import steps
 from llmtasks.admin import cells, runs
 from llmtasks.models import Step, Task
 from llmtasks.stores import fetch
+
+log = logging.getLogger(__name__)
 
 VIEW_BODIES = "llmtasks.view_bodies"
 DECIDE = "llmtasks.change_step"
@@ -119,8 +123,7 @@ def run_of(request: HttpRequest, task: Task) -> dict[str, Any] | None:
     values = {"task": task.id, "bodies": sees, "most": MAX_TEXT, "shown": SHOWN + 1}
     rows = [Row(*row) for row in fetch(ROWS, values)]
     return {
-        "graph": runs.drawn(task),
-        "total": runs.total_of(task),
+        **graph_of(task),
         "steps": sorted(rows[:SHOWN], key=lambda row: row.number),
         "waiting": [row for row in rows if row.waits],
         "is_cut": len(rows) > SHOWN,
@@ -128,6 +131,16 @@ def run_of(request: HttpRequest, task: Task) -> dict[str, Any] | None:
         "may_decide": sees and request.user.has_perm(DECIDE),
         "children": f"{reverse('admin:llmtasks_task_changelist')}?part_of={task.id}",
     }
+
+
+def graph_of(task: Task) -> dict[str, Any]:
+    """The drawing and what it came to. Where that takes too long, as it may for ten thousand tasks
+    that Postgres has no statistics of yet, the page goes without."""
+    try:
+        return {"graph": runs.drawn(task), "total": runs.total_of(task)}
+    except OperationalError:
+        log.warning("a run is too large to be drawn now", extra={"task": task.id})
+        return {"graph": None, "total": None}
 
 
 class DecidingAdmin(ModelAdmin):

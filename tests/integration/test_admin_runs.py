@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.contrib.admin.models import LogEntry
+from django.db import OperationalError
 from django.urls import reverse
 from django.utils import timezone
 
@@ -264,3 +265,14 @@ def test_the_page_costs_the_same_for_any_number_of_steps(
     client.get(page("task", agent.pk))
     with django_assert_max_num_queries(18):
         client.get(page("task", agent.pk))
+
+
+def test_a_run_that_takes_too_long_to_draw_leaves_the_page(
+    agent: Task, login: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(task: Task) -> Any:
+        raise OperationalError("canceling statement due to statement timeout")
+
+    monkeypatch.setattr(runs, "drawn", slow)
+    content = text(login("*").get(page("task", agent.pk)))
+    assert "too large to be drawn now" in content and "Approve" in content

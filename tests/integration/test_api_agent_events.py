@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from django.db import connection
 
 from llmtasks import steps
 from llmtasks.models import Provider, Step, Task
@@ -73,8 +74,15 @@ def agent(caller: Caller, *turns: list[tuple[str, dict[str, Any]]]) -> str:
 
 def watched(caller: Caller, task_id: str, work: Callable[[], Any], **headers: str) -> list[Any]:
     """The frames that a watcher gets while the work is done."""
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            connection.close()
+
     answer = caller.get(f"/v1/tasks/{task_id}/events", **headers)
-    worker = threading.Timer(0.2, work)
+    worker = threading.Timer(0.2, run)
     worker.start()
     try:
         return frames_of(answer)
