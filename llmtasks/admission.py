@@ -29,7 +29,7 @@ from providers.types import Request
 # How long queued work waits in its worker before it goes back to waiting.
 PATIENCE_S = 2.0
 # Those that were refused together do not ask again together.
-SPREAD = 0.1
+SPREAD = 0.02
 
 
 def admit(
@@ -49,10 +49,15 @@ def admit(
     began = time.monotonic()
     # Asked under the same id each time: where an answer of Redis was lost, that took it already.
     asks = [(uuid7(), option.candidate) for option in options]
+    refusals: list[Refusal] = []
     while True:
+        has_waited = bool(refusals)
         refusals = []
         for attempt_id, candidate in asks:
-            grant = ask(candidate, request, context, is_again=is_again, attempt_id=attempt_id)
+            grant = ask(
+                candidate, request, context,
+                is_again=is_again, attempt_id=attempt_id, has_waited=has_waited,
+            )  # fmt: skip
             refusal = rate_limit.acquire(grant)
             if refusal is None:
                 return candidate, grant
@@ -87,6 +92,7 @@ def ask(
     *,
     is_again: bool,
     attempt_id: UUID | None = None,
+    has_waited: bool = False,
 ) -> Grant:
     """What the call asks the limiter for."""
     task, attempt_id = context.task, attempt_id or uuid7()
@@ -98,6 +104,7 @@ def ask(
         attempt_id, candidate.provider, candidate.model, task.tenant_id, task.key_id, need,
         is_urgent=task.mode == Mode.INLINE or task.lane == Lane.INTERACTIVE,
         is_again=is_again, left_s=context.left_s, patience_s=patience_s,
+        has_waited=has_waited,
     )  # fmt: skip
 
 

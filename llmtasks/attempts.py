@@ -253,7 +253,7 @@ def settle(attempt: Sending, settled: Outcome, end: End) -> None:
     context = attempt.context
     crash.point("attempt.answered")
     # Before Postgres is asked: others wait for what this call did not use.
-    settle_limits(attempt, settled)
+    settle_limits(attempt, settled, is_retried=end.status in (Status.RUNNING, Status.WAITING))
     try:
         finish(attempt, settled, end)
         crash.point("attempt.finished")
@@ -302,7 +302,7 @@ def settle_apart_until_done(attempt: Sending, settled: Outcome) -> None:
         stores.release()
 
 
-def settle_limits(attempt: Sending, settled: Outcome) -> None:
+def settle_limits(attempt: Sending, settled: Outcome, *, is_retried: bool = False) -> None:
     """Tell the limiter what the call used and how the vendor did, and people what they must
     see to."""
     candidate, error, usage = attempt.candidate, attempt.error, settled.usage
@@ -319,6 +319,7 @@ def settle_limits(attempt: Sending, settled: Outcome) -> None:
         ),
         health=health(error),
         error="" if error is None else type(error).__name__,
+        is_retried=is_retried,
         gate_s=gate_s(error),
         told=[rate_limit.Told(*one) for one in told],
         ms=settled.latency_ms if is_answered or was_slow(attempt, settled) else None,

@@ -99,6 +99,8 @@ class Health:
     backlog: Backlog | None = None
     uses: list[Use] = field(default_factory=list)
     errors: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    # Those of them that are tried again.
+    retries: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def use_of(self, limit_id: int) -> Use | None:
         return next((use for use in self.uses if use.rule.id == limit_id), None)
@@ -144,6 +146,7 @@ def look() -> Health:
     if errors is not None:
         health.has["redis"] = True
         health.errors = errors
+        health.retries = tried(lambda: readings.errors(readings.RETRIES), Away) or {}
         health.uses = tried(lambda: limits(rows is not None), (Away, *POSTGRES_AWAY)) or []
     health.accounts = with_readings(rows or [], health)
     stores.release()

@@ -87,10 +87,18 @@ class Limiter:
         seconds, us = divmod(now_us, 1_000_000)
         self.redis.hset(CLOCK, mapping={"s": seconds, "us": us})
 
-    def grant(self, need: Need, *, urgent: bool = False, patience_s: float = 2.0) -> Grant:
+    def grant(
+        self,
+        need: Need,
+        *,
+        urgent: bool = False,
+        patience_s: float = 2.0,
+        has_waited: bool = False,
+    ) -> Grant:
         return rate_limit.grant_for(
             uuid7(), "vendor", "m", uuid7(), None, need,
             is_urgent=urgent, is_again=False, left_s=60.0, patience_s=patience_s,
+            has_waited=has_waited,
         )  # fmt: skip
 
     def wait_us(self, grant: Grant) -> int:

@@ -5,7 +5,7 @@ No series names a tenant, a key or an end user. While a store is away its series
 """
 
 import hmac
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 
 from django.conf import settings
@@ -83,7 +83,8 @@ class Families:
         if found.has["redis"]:
             yield from of_limits(found)
             yield from of_models(found)
-            yield of_errors(found)
+            yield counter("call_errors", "Calls that failed.", found.errors)
+            yield counter("call_retries", "Of those, which are tried again.", found.retries)
 
 
 def gauge(name: str, about: str, *labels: str) -> GaugeMetricFamily:
@@ -194,12 +195,9 @@ def of_models(found: Health) -> Iterator[Metric]:
     yield from (breaker, gate, p95, output)
 
 
-def of_errors(found: Health) -> Metric:
-    errors = CounterMetricFamily(
-        "llmtasks_call_errors",
-        "Calls that failed, those that were tried again included.",
-        labels=("provider", "model", "error"),
-    )
-    for labels, number in found.errors.items():
-        errors.add_metric(list(labels), number)
-    return errors
+def counter(name: str, about: str, counts: Mapping[tuple[str, str, str], int]) -> Metric:
+    labels = ("provider", "model", "error")
+    counted = CounterMetricFamily(f"llmtasks_{name}", about, labels=labels)
+    for values, number in counts.items():
+        counted.add_metric(list(values), number)
+    return counted

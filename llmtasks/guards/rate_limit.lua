@@ -14,6 +14,8 @@
 --                                            want    "<tokens> <until>": left for a call that
 --                                                    somebody waits for
 --                                            big     the same for a large background call
+--                                            line    when the next background call that is refused
+--                                                    may ask again (us)
 --                                            mean    what a call uses (moving average)
 --                                            <n>     used in the n-th 120th of the window
 --                                    zset    calls at once: attempt -> its lease's end  leases
@@ -25,6 +27,7 @@
 -- {limits}:stats:<place>             hash    ratio, high, output, p95 (moving)          a week
 -- {limits}:tries:<provider>          hash    c<n> calls, x<n> again of the n-th 10 s    a minute
 -- {limits}:errors                    hash    <place> <error class> -> count             for ever
+-- {limits}:retries                   hash    the same, of those that are tried again    for ever
 -- {limits}:taken:<attempt>           string  granted at (us)                            the call
 --
 -- <place> is <provider>/<model>. Times are microseconds of the server's clock.
@@ -176,6 +179,17 @@ local function claim_room(found, wait)
       redis.call('HSET', m.key, args.urgent and 'want' or 'big', text(m.need) .. ' ' .. text(til))
     end
   end
+end
+
+local function stand_in_line(m, wait)
+  -- Background calls that are refused ask again one after the other, as room comes. Who waited
+  -- once is told the truth, as who is urgent.
+  if args.urgent or args.waited or m.per == 0 or not m.is_known then return wait end
+  local at = math.max(now + wait, tonumber(redis.call('HGET', m.key, 'line')) or 0)
+  if at - now <= args.patience then
+    redis.call('HSET', m.key, 'line', text(at + m.pace * m.interval))
+  end
+  return at - now
 end
 
 local function left_to(urgent, m)
@@ -436,8 +450,9 @@ function operations.take()
   local worst, index, lost = wait_for_meters(found, epoch(known))
   if lost then return cjson.encode({ seed = lost }) end
   if worst > 0 then
-    claim_room(found, worst)
-    return refused(worst, 'limit', index)
+    local told = stand_in_line(found[index], worst)
+    if told == worst then claim_room(found, worst) end
+    return refused(told, 'limit', index)
   end
   for _, m in ipairs(found) do
     if m.per > 0 then take_rate(m, args.urgent) else take_slot(m, args.attempt) end
@@ -534,7 +549,12 @@ function operations.settle()
       redis.call('SET', gate, text(now + args.gate), 'PX', text(args.gate / 1000 + 1))
     end
   end
-  if args.error then redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1) end
+  if args.error then
+    redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1)
+    if args.retried then
+      redis.call('HINCRBY', '{limits}:retries', place .. ' ' .. args.error, 1)
+    end
+  end
   return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
 end
 

@@ -81,6 +81,7 @@ class Grant:
     is_again: bool
     left_s: float
     patience_s: float
+    has_waited: bool = False
     at: str = ""
     fresh_until: float = float("inf")
     is_local: bool = False
@@ -117,15 +118,19 @@ def grant_for(
     is_again: bool,
     left_s: float,
     patience_s: float | None = None,
+    has_waited: bool = False,
 ) -> Grant:
     """What a call has to ask for. `is_urgent`: somebody waits for it. `is_again`: it repeats one
-    that failed. `patience_s` is `left_s` where it is not given."""
+    that failed. `patience_s` is `left_s` where it is not given. `has_waited`: it was refused
+    before, and asks again when it was told to."""
     held = [
         Meter(rule, key, *need.of(rule.unit))
         for rule, key in rules.holding(provider, model, tenant_id, key_id)
     ]
     patience_s = left_s if patience_s is None else patience_s
-    return Grant(attempt_id, provider, model, need, held, is_urgent, is_again, left_s, patience_s)
+    return Grant(
+        attempt_id, provider, model, need, held, is_urgent, is_again, left_s, patience_s, has_waited
+    )  # fmt: skip
 
 
 def acquire(grant: Grant) -> Refusal | None:
@@ -155,6 +160,7 @@ def asked(grant: Grant) -> dict[str, Any]:
         "provider": grant.provider,
         "urgent": grant.is_urgent,
         "again": grant.is_again,
+        "waited": grant.has_waited,
         "life": grant.life_ms,
         "patience": int(max(grant.patience_s, 0.0) * 1e6),
         "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
@@ -238,6 +244,7 @@ def settle(
     *,
     health: str = "",
     error: str = "",
+    is_retried: bool = False,
     gate_s: float = 0.0,
     told: Sequence[Told] = (),
     ms: float | None = None,
@@ -264,6 +271,7 @@ def settle(
         "health": health,
         "gate": int(gate_s * 1e6),
         "error": error or None,
+        "retried": is_retried,
         "ms": ms,
         "ratio": (used.input_tokens or 0) / input_bytes if is_known and input_bytes else None,
         "output": used.output_tokens if is_known else None,

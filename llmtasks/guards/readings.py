@@ -21,7 +21,8 @@ MOST_AT_ONCE = 100
 # Of a limit that each tenant or key has for itself, those are looked at that were here last.
 MOST_EACH = 50
 NOBODY = UUID(int=0)
-ERRORS = "{limits}:errors"
+# Calls that failed, and those of them that are tried again.
+ERRORS, RETRIES = "{limits}:errors", "{limits}:retries"
 
 # (provider, the vendor's model)
 Model = tuple[str, str]
@@ -119,13 +120,13 @@ def holders(rule: Rule, latest: Sequence[ApiKey]) -> set[UUID | None]:
     return {key.tenant_id if rule.each == Limit.Each.TENANT else key.pk for key in mine}
 
 
-def errors() -> dict[tuple[str, str, str], int]:
+def errors(name: str = ERRORS) -> dict[tuple[str, str, str], int]:
     """(provider, model, error class) → how many calls ended so since Redis remembers. Raises
     `Away`."""
     if not meters.outage.may_ask():
         raise Away
     try:
-        counted: Any = meters.client().hgetall(ERRORS)
+        counted: Any = meters.client().hgetall(name)
     except (redis.RedisError, OSError) as error:
         raise Away from error
     found = {}

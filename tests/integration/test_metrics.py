@@ -14,6 +14,7 @@ from llmtasks.api import shapes
 from llmtasks.guards import meters, readings
 from llmtasks.models import ApiKey, Limit, Provider, ProviderModel, Scope
 from tests import factories
+from tests.callers import Caller
 from tests.integration.test_health import call, fail, no_redis, vendor
 
 __all__ = ["no_redis", "vendor"]
@@ -34,7 +35,8 @@ def busy(vendor: Provider) -> Provider:
     ProviderModel.objects.filter(name="other").update(
         refused_at=timezone.now(), refused_reason="PermissionDenied: key sk-live-1 of acme"
     )
-    call(4, tenant=acme.pk, key=key.pk, error="Timeout")
+    call(3, tenant=acme.pk, key=key.pk, error="Timeout", is_retried=True)
+    call(1, tenant=acme.pk, key=key.pk, error="Timeout")
     factories.task(acme, provider="vendor", not_before=timezone.now() - timedelta(seconds=40))
     factories.worker("vendor.default", slots=6)
     return vendor
@@ -79,10 +81,25 @@ def test_the_series(busy: Provider, client: Any) -> None:
     assert one(found, "model_refused", model="other") == 1
     assert one(found, "breaker_state", model="m") == 0
     assert one(found, "call_errors_total", model="m", error="Timeout") == 4
+    assert one(found, "call_retries_total", model="m", error="Timeout") == 3
     assert one(found, "limit_used_ratio", provider="vendor", counts="all") == pytest.approx(0.04)
     assert one(found, "limit_used_ratio", provider="vendor", counts="one tenant") == 0.5
     assert one(found, "limit_used", counts="each key", window="hour") == 4
     assert one(found, "limit_amount", counts="one tenant", window="day") == 1000
+
+
+def test_a_call_that_is_tried_again_is_a_retry(account: Provider, client: Any) -> None:
+    for model in ("flaky-1", "error-400"):
+        factories.route(model, (account, model))
+    caller = Caller(factories.tenant())
+    caller.chat("flaky-1")
+    caller.chat("error-400")
+    found = scraped(client)
+    labels = {"provider": "sandbox", "model": "flaky-1", "error": "Overloaded"}
+    assert one(found, "call_errors_total", **labels) == 1
+    assert one(found, "call_retries_total", **labels) == 1
+    assert one(found, "call_errors_total", model="error-400", error="InvalidRequest") == 1
+    assert len(found["llmtasks_call_retries_total"]) == 1
 
 
 def test_lanes_where_nothing_waits_are_zero(busy: Provider, client: Any) -> None:

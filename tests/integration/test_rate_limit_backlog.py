@@ -17,7 +17,7 @@ from tests.simulated import Limiter, Vendor, units, window_us
 
 MS = 1000
 S = 1_000_000
-SPREAD = 0.1
+SPREAD = 0.02
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ class Traffic:
     numbers: Iterator[int] = field(default_factory=itertools.count)
     waits_us: list[int] = field(default_factory=list)
     large: int = 0
+    asked: int = 0
 
     def at(self, time_us: float, do: Callable[[], None]) -> None:
         heapq.heappush(self.events, (int(time_us), next(self.numbers), do))
@@ -59,15 +60,24 @@ class Traffic:
 
     def begin(self, call: Call, urgent: bool, then: Callable[[], None]) -> None:
         """Ask until the call is let through, call, and then go on."""
-        came_us = self.limiter.now_us
+        came_us = patient_since_us = self.limiter.now_us
         need = simulated.need(
             int(call.given * call.estimate), int(call.made * call.estimate), 1 / call.estimate
         )
 
-        def ask() -> None:
-            grant = self.limiter.grant(need, urgent=urgent, patience_s=30.0 if urgent else 2.0)
+        def ask(has_waited: bool = False) -> None:
+            nonlocal patient_since_us
+            grant = self.limiter.grant(
+                need, urgent=urgent, patience_s=30.0 if urgent else 2.0, has_waited=has_waited
+            )
+            self.asked += 1
             if wait_us := self.limiter.wait_us(grant):
-                self.at(self.limiter.now_us + wait_us * (1 + self.dice.uniform(0, SPREAD)), ask)
+                again_us = self.limiter.now_us + wait_us * (1 + self.dice.uniform(0, SPREAD))
+                has_patience = urgent or again_us <= patient_since_us + 2 * S
+                if not has_patience:
+                    # Back to waiting, to come again as one who did not wait.
+                    patient_since_us = int(again_us)
+                self.at(again_us, lambda: ask(has_patience))
                 return
             now_us = self.limiter.now_us
             if urgent:
@@ -124,6 +134,8 @@ def test_requests_are_used_up_and_people_hardly_wait(limiter: Any) -> None:
     check(traffic, requests, 0.97)
     assert len(traffic.waits_us) > 30
     assert traffic.p99_s <= 0.5
+    # They come one after the other, not all of them whenever there is room for one.
+    assert traffic.asked <= 4 * len(traffic.vendor.calls)
 
 
 def test_tokens_are_used_up_and_people_hardly_wait(limiter: Any) -> None:

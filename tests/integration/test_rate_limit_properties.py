@@ -1,6 +1,7 @@
 """The limiter's promises, whatever is asked in which order: on a simulated clock."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -189,14 +190,37 @@ def test_a_refusal_says_exactly_when(
     for number, one in enumerate(taken):
         run.step(number, dataclasses.replace(one, pause_us=(one.pause_us or 0) // 40))
     need = simulated.need(step.given, step.made, step.expected)
-    wait_us = run.limiter.wait_us(run.limiter.grant(need, urgent=step.urgent))
+    wait_us = run.limiter.wait_us(run.limiter.grant(need, urgent=step.urgent, has_waited=True))
     if not wait_us:
         return
     began_us = run.limiter.now_us
     if early and wait_us > MS:
         # A little before: no.
         run.limiter.set(began_us + wait_us - MS)
-        again = run.limiter.grant(need, urgent=step.urgent)
+        again = run.limiter.grant(need, urgent=step.urgent, has_waited=True)
         assert 0 < run.limiter.wait_us(again) <= MS + 1
     run.limiter.set(began_us + wait_us)
-    assert run.limiter.wait_us(run.limiter.grant(need, urgent=step.urgent)) == 0
+    assert run.limiter.wait_us(run.limiter.grant(need, urgent=step.urgent, has_waited=True)) == 0
+
+
+def test_background_calls_that_are_refused_ask_again_one_after_the_other(
+    limiter: Callable[[list[Rule]], Limiter],
+) -> None:
+    run = limiter([simulated.rule("requests", 600, "minute", burst=1)])
+    one = simulated.need(1, 1)
+    assert run.wait_us(run.grant(one)) == 0
+    told = [run.wait_us(run.grant(one)) for _ in range(30)]
+    interval_us = told[1] - told[0]
+    assert 100_000 <= interval_us < 103_000
+    # None of them is told more than it would wait, and the line grows no further.
+    for before, after in itertools.pairwise(told):
+        assert after - before == pytest.approx(interval_us, abs=2) or after == before
+    assert max(told) <= 2_000_000 + interval_us
+    # Who waited, and who is urgent, are told the truth.
+    assert run.wait_us(run.grant(one, has_waited=True)) == told[0]
+    assert run.wait_us(run.grant(one, urgent=True)) <= told[0]
+    # Each finds room at its time.
+    began_us = run.now_us
+    for wait_us in told[:5]:
+        run.set(began_us + wait_us)
+        assert run.wait_us(run.grant(one, has_waited=True)) == 0
