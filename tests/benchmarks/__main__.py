@@ -16,7 +16,17 @@ import psycopg
 
 from project.stack import processes
 from project.stack.errors import Stopped
-from tests.benchmarks import application, dispatch, inline, load, machine, queued, tables, upstream
+from tests.benchmarks import (
+    application,
+    dispatch,
+    inline,
+    limiter,
+    load,
+    machine,
+    queued,
+    tables,
+    upstream,
+)
 from tests.benchmarks.application import Application
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +40,8 @@ class Plan:
     seconds: int
     idle_posts: int
     queued_tasks: int
+    # By how much the other benchmarks are made smaller.
+    shrink: int = 1
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:
@@ -37,7 +49,8 @@ class Plan:
 
 
 FULL = Plan(rounds=3, concurrency=(1, 8, 32, 128), seconds=6, idle_posts=40, queued_tasks=2000)
-QUICK = Plan(rounds=1, concurrency=(1, 8), seconds=1, idle_posts=5, queued_tasks=100)
+QUICK = Plan(rounds=1, concurrency=(1, 8), seconds=1, idle_posts=5, queued_tasks=100, shrink=20)
+LIMITER_CALLS = 4000
 
 
 def say(text: str) -> None:
@@ -50,9 +63,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("application", "dispatch"),
+        choices=("application", "dispatch", "limiter"),
         default="application",
-        help="the whole application (default), or the dispatcher on a million waiting tasks",
+        help="the whole application (default), the dispatcher on a million waiting tasks, or what"
+        " the limiter adds to a call",
     )
     parser.add_argument("--quick", action="store_true", help="see that it works: under a minute")
     parser.add_argument("--rounds", type=int, help="default: 3")
@@ -78,6 +92,8 @@ def main() -> int:
     try:
         if given.what == "dispatch":
             figures = run_dispatch(given.quick, folder)
+        elif given.what == "limiter":
+            figures = run_limiter(given.rounds or plan.rounds, LIMITER_CALLS // plan.shrink)
         else:
             figures = run(plan, given.rounds or plan.rounds, folder, given.upstream)
     finally:
@@ -134,6 +150,14 @@ def run_dispatch(quick: bool, folder: Path) -> dict[str, Any]:
         raise
 
 
+def run_limiter(rounds: int, calls: int) -> dict[str, Any]:
+    environment = application.environment()
+    os.environ.update(environment)
+    limiter.configure()
+    found = [limiter.measure(environment["REDIS_URL"], calls) for _ in range(rounds)]
+    return {"limiter": [tables.medians(cell) for cell in zip(*found, strict=True)]}
+
+
 def warm_up(
     app: Application,
     database: "psycopg.Connection[Any]",
@@ -175,6 +199,9 @@ def show(result: dict[str, Any]) -> None:
     )
     if "dispatch" in result:
         show_dispatch(result["dispatch"])
+        return
+    if "limiter" in result:
+        say(tables.table("limiter", result["limiter"], limiter.COLUMNS))
         return
     say(f"upstream {result['upstream']}, load by {result['load']}, {result['rounds']} rounds\n")
     say(tables.table("inline", result["inline"], inline.COLUMNS))

@@ -1,0 +1,130 @@
+"""What the limiter costs a call: asking for it and settling it, by the caller's clock.
+
+One thread, six limits of a call as a busy account has them, all with room. *in Redis* is the
+server's own time for both scripts.
+"""
+
+import time
+from typing import Any
+from uuid import UUID
+
+import redis
+from uuid_utils.compat import uuid7
+
+from tests.benchmarks.tables import percentile
+
+PROVIDER, MODEL = "limited", "bench"
+# (whose, unit, window, amount): far from being reached.
+LIMITS = (
+    ("provider", "requests", "minute", 1_000_000_000),
+    ("provider", "tokens", "minute", 1_000_000_000_000),
+    ("provider", "concurrency", "", 1_000_000),
+    ("tenant", "requests", "second", 10_000_000),
+    ("tenant", "tokens", "day", 1_000_000_000_000),
+    ("key", "requests", "minute", 1_000_000_000),
+)
+
+COLUMNS = {
+    "limits": "limits",
+    "acquire_p50_ms": "acquire p50 ms",
+    "acquire_p99_ms": "p99",
+    "settle_p50_ms": "settle p50 ms",
+    "settle_p99_ms": "p99",
+    "whole_p50_ms": "both p50 ms",
+    "whole_p99_ms": "p99",
+    "redis_us": "in Redis us",
+}
+
+
+def configure() -> None:
+    """The limits, and whom they hold for."""
+    import django
+
+    django.setup()
+    from django.core.management import call_command
+
+    from llmtasks.models import ApiKey, Limit, Provider, ProviderModel, Tenant
+
+    call_command("migrate", verbosity=0, interactive=False)
+    provider, _ = Provider.objects.get_or_create(
+        name=PROVIDER, defaults={"adapter": "compatible", "base_url": "http://127.0.0.1:9/v1"}
+    )
+    ProviderModel.objects.get_or_create(provider=provider, name=MODEL)
+    tenant, _ = Tenant.objects.get_or_create(name="limited")
+    if not (key := ApiKey.objects.filter(tenant=tenant).first()):
+        key, _ = ApiKey.issue(tenant, "limited")
+        key.save()
+    whose: dict[str, dict[str, Any]] = {
+        "provider": {"provider": provider, "model": MODEL},
+        "tenant": {"tenant": tenant},
+        "key": {"tenant": tenant, "key": key},
+    }
+    for who, unit, window, amount in LIMITS:
+        Limit.objects.get_or_create(
+            **whose[who], unit=unit, window=window, defaults={"amount": amount}
+        )
+
+
+def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
+    """One round: a call without limits, then one with all six."""
+    from llmtasks.models import ApiKey
+
+    key = ApiKey.objects.get(tenant__name="limited")
+    with redis.Redis.from_url(redis_url) as server:
+        return [
+            one(server, "unlimited", key.tenant_id, None, calls),
+            one(server, PROVIDER, key.tenant_id, key.pk, calls),
+        ]
+
+
+def one(
+    server: "redis.Redis", provider: str, tenant: UUID, key: UUID | None, calls: int
+) -> dict[str, Any]:
+    if provider == "unlimited":
+        tenant = uuid7()
+    acquired, settled = [], []
+    for _ in range(calls // 10):
+        timed(provider, tenant, key)
+    before = script_us(server)
+    for _ in range(calls):
+        limits, acquire_s, settle_s = timed(provider, tenant, key)
+        acquired.append(acquire_s * 1000)
+        settled.append(settle_s * 1000)
+    whole = [a + s for a, s in zip(acquired, settled, strict=True)]
+    return {
+        "limits": limits,
+        **percentiles("acquire", acquired),
+        **percentiles("settle", settled),
+        **percentiles("whole", whole),
+        "redis_us": round((script_us(server) - before) / calls, 1),
+    }
+
+
+def percentiles(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_p{percent}_ms": round(percentile(values, percent), 4) for percent in (50, 99)}
+
+
+def timed(provider: str, tenant: UUID, key: UUID | None) -> tuple[int, float, float]:
+    """How many limits held, and the seconds of asking and of settling."""
+    from llmtasks.guards import rate_limit
+    from llmtasks.guards.rate_limit import Used
+
+    began = time.perf_counter()
+    need = rate_limit.need_of(provider, MODEL, 400, 100)
+    grant = rate_limit.grant_for(
+        uuid7(), provider, MODEL, tenant, key, need, is_urgent=True, is_again=False, left_s=60.0
+    )
+    if rate_limit.acquire(grant) is not None:
+        raise SystemExit("the benchmark's limits are reached")
+    granted = time.perf_counter()
+    used = Used(input_tokens=57, output_tokens=31)
+    rate_limit.settle(grant, used, health="ok", ms=120, input_bytes=400)
+    return len(grant.meters), granted - began, time.perf_counter() - granted
+
+
+def script_us(server: "redis.Redis") -> float:
+    """Microseconds that the server spent on scripts so far."""
+    stats: Any = server.info("commandstats")
+    return sum(
+        stats.get(f"cmdstat_{name}", {}).get("usec", 0) for name in ("evalsha", "eval", "fcall")
+    )
