@@ -34,6 +34,8 @@ from llmtasks.models import (
     Task,
     Tenant,
     Worker,
+    Workflow,
+    WorkflowVersion,
 )
 
 EVIL = "<script>alert(1)</script>"
@@ -43,7 +45,7 @@ AMOUNTS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output"
 MODELS = (
     "task", "attempt", "worker", "provider", "route", "price", "adjustment", "tenant", "apikey",
     "providermodel", "limit", "providerevent", "prompt", "promptversion", "feedback",
-    "httptool", "mcpserver", "mcptool", "delivery",
+    "httptool", "mcpserver", "mcptool", "delivery", "workflow", "workflowversion",
 )  # fmt: skip
 
 
@@ -99,6 +101,8 @@ def everything(tenant, provider):
     promptversion, prompt = version, version.prompt
     feedback = Feedback.objects.create(tenant=tenant, task_id=task.pk, source="user", score=1)
     Delivery.objects.create(tenant=tenant, event="e", task_id=task.pk, step_id=task.pk)
+    workflow = Workflow.objects.create(name="review")
+    workflowversion = WorkflowVersion.objects.create(workflow=workflow, number=1, spec={})
     server = McpServer.objects.create(name="mcp", url="https://mcp.example.com")
     McpTool.objects.create(server=server, name="find", state="on", offered_hash="0")
     HttpTool.objects.create(

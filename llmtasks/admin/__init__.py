@@ -16,6 +16,7 @@ from llmtasks.admin import (
     tools,
     webhooks,
     workers,
+    workflows,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "tools",
     "webhooks",
     "workers",
+    "workflows",
 ]
 
 # Unfold's own `admin/index.html` would be found before one of ours.

@@ -26,6 +26,13 @@ GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         ),
     ),
     (
+        "Workflows",
+        (
+            ("llmtasks.workflow", "Workflows", "account_tree"),
+            ("llmtasks.workflowversion", "Versions", "history"),
+        ),
+    ),
+    (
         "Configuration",
         (
             ("llmtasks.provider", "Providers", "hub"),

@@ -51,6 +51,8 @@ def test_every_list_and_page_opens(login, everything, model):
         "limit",
         "prompt",
         "promptversion",
+        "workflow",
+        "workflowversion",
         "httptool",
         "mcpserver",
     ],
