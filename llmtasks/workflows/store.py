@@ -10,6 +10,7 @@ from uuid import UUID
 from django.db import transaction
 from django.db.models import Q, QuerySet
 
+from llmtasks import prompts
 from llmtasks.errors import ApiError, NotFound
 from llmtasks.models import Workflow as Row
 from llmtasks.models import WorkflowVersion
@@ -101,10 +102,25 @@ def ready(
             block.tool = tool_at(f"{path}.tool", block.tool, find_tool)
         elif isinstance(block, spec.Agent):
             block.tools = [tool_at(f"{path}.tools", name, find_tool) for name in block.tools]
+        elif isinstance(block, spec.Prompt):
+            check_prompt(block, path, tenant_id)
         elif isinstance(block, spec.Use):
             put_in(block, path, tenant_id, find_tool, chain)
     checks.check_size(workflow, prefix)
     return workflow
+
+
+def check_prompt(block: spec.Prompt, path: str, tenant_id: UUID | None) -> None:
+    """A shared workflow's prompts are those of the tenant that uses it: looked at then."""
+    if block.prompt is None or tenant_id is None:
+        return
+    try:
+        version = prompts.chosen(tenant_id, block.prompt, "")
+    except ApiError as error:
+        param = f"{path}.prompt"
+        raise type(error)(f"{param}: {error.message}", param=param) from None
+    if block.model is None and not version.model:
+        raise fault(f"{path}.model", f"{version} names no model: give one")
 
 
 def tool_at(path: str, reference: str, find_tool: FindTool) -> str:

@@ -182,6 +182,8 @@ def test_a_workflow_in_a_workflow(caller: Caller) -> None:
          "there is no tool"),
         ({"spec": {"do": {"kind": "tool", "tool": "secret"}}}, 404, "input.spec.do.tool",
          "there is no tool"),
+        ({"spec": {"do": {"kind": "prompt", "prompt": "nothing"}}}, 404, "input.spec.do.prompt",
+         "there is no prompt"),
         ({"spec": {"do": {"kind": "workflow", "workflow": "nothing"}}}, 404,
          "input.spec.do.workflow", "there is no workflow"),
     ],

@@ -2,14 +2,16 @@
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from llmtasks import crash, execute, ledger, prompts, steps, submit, sweep
+from llmtasks import crash, execute, ledger, prompts, pulse, steps, submit, sweep
 from llmtasks.admin import runs
+from llmtasks.errors import NotFound
 from llmtasks.models import Attempt, Kind, Provider, Status, Step, Task, Tenant
 from llmtasks.tools import registry as tools
 from llmtasks.tools.registry import ToolError, of_function
@@ -652,8 +654,10 @@ def test_a_stored_prompt_says_what_is_asked(tenant: Tenant) -> None:
     assert list(asked) == [("greet@1", "echo")] * 2
     [(kind, message)] = [failed(tenant, pipeline({**first, "variables": {}}))]
     assert "variables.name: greet@1 needs this variable" in message, kind
-    _, message = failed(tenant, pipeline({**first, "prompt": "greet@9"}), {"who": "Ann"})
-    assert "there is no greet@9" in message
+    for asks, reference in ((tenant, "greet@9"), (factories.tenant(), "greet")):
+        with pytest.raises(NotFound) as caught:
+            queue(asks, pipeline({**first, "prompt": reference}), {"who": "Ann"})
+        assert caught.value.param == "do.stages[0].prompt"
 
 
 def test_the_admin_draws_what_was_done(tenant: Tenant) -> None:
@@ -678,3 +682,30 @@ def test_the_admin_draws_what_was_done(tenant: Tenant) -> None:
     assert (total.tasks, total.cost) == (33, run.cost)
     assert total.cost and total.cost == task.cost
     assert inner.cost == run.waves[1][0].cost
+
+
+def test_a_wide_fan_out_works_in_flat_memory(tenant: Tenant) -> None:
+    """10,000 children, whose calls end by a statement: what is measured is the workflow itself."""
+    do = {
+        "kind": "parallel", "items": "{{ input.list }}", "max_items": 10_000,
+        "max_concurrency": 1000, "collect": "none", "do": prompt(None, "{{ item }}"),
+    }  # fmt: skip
+    task = queue(tenant, do, {"list": list(range(10_000))})
+    peaks: list[int] = []
+    most = 0
+    while Task.objects.get(id=task.id).status not in ("succeeded", "failed"):
+        tracemalloc.start()
+        run_now(task)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        open_ = Task.objects.filter(parent_id=task.id, status="waiting")
+        most = max(most, open_.count())
+        open_.update(status="succeeded", finished_at=pulse.now(), cost=Decimal("0.001"))
+    task = Task.objects.select_related("payload").get(id=task.id)
+    counts = {"count": 10_000, "done": 10_000, "skipped": 0}
+    assert task.payload.response["value"] == counts
+    assert task.cost == 10
+    assert most == 1000
+    assert len(peaks) == 11
+    # Far from the first batch it is as large as at the first.
+    assert max(peaks[5:]) < 1.5 * max(peaks[:2])
