@@ -378,6 +378,9 @@ def parse(value: Any) -> Workflow:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         steps = [step for step in first["loc"] if not str(step).startswith("<")]
+        if first["type"].startswith("at."):
+            # A fault of a field that its whole object shows.
+            steps.append(first["type"].removeprefix("at."))
         place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
         raise InvalidInput(f"{place}: {first['msg']}", param=place or None) from None
 

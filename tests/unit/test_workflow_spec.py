@@ -37,7 +37,7 @@ SPLIT = {"planner": prompt(), "worker": prompt(), "max_workers": 10}
 @pytest.mark.parametrize(
     ("do", "param", "about"),
     [
-        ({"kind": "nothing"}, "do", "give a block"),
+        ({"kind": "nothing"}, "do.kind", "give a block"),
         (prompt(temperature="hot"), "do.temperature", "number"),
         (prompt(speed=1), "do.speed", "not permitted"),
         (prompt(text="{{ input.a"), "do.text", "no placeholder"),
