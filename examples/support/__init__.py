@@ -1,0 +1,1 @@
+"""A support desk's tools, as a Django app that `APPS` names."""
