@@ -335,7 +335,7 @@ def test_the_board_says_which_store_is_away(login, vendor, no_redis, monkeypatch
 
 
 def test_each_part_of_the_board_is_for_who_may_see_it(login, provider, monkeypatch):
-    monkeypatch.setattr(readings, "errors", dict)
+    monkeypatch.setattr(readings, "errors", lambda *_: {})
     parts = {
         "view_task": "Queue depth",
         "view_limit": "how close",
