@@ -34,16 +34,6 @@ from providers import errors
 log = logging.getLogger(__name__)
 
 
-def complete(request: AnyRequest, context: Context) -> AnyResponse:
-    """The whole answer. Raises as `stream` does."""
-    events = stream(request, context)
-    while True:
-        try:
-            next(events)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
-
-
 def stream(request: AnyRequest, context: Context) -> Generator[Event, None, AnyResponse]:
     """Yield the answer's deltas (where `context.streams`) and return the answer.
 
