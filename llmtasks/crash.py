@@ -38,11 +38,21 @@ def armed(text: str) -> tuple[str, int]:
     return name, int(number or 1)
 
 
-_name, _number = armed(os.environ.get("LLMTASKS_CRASH", ""))
-# Threads pass at once: taking the next of a count is one step.
+# The point, the pass at which to die, and a count of passes: threads pass at once, and taking the
+# next of a count is one step.
+_name, _number = "", 1
 _passes = itertools.count(1)
+
+
+def arm() -> None:
+    """Die where the environment says."""
+    global _name, _number
+    _name, _number = armed(os.environ.get("LLMTASKS_CRASH", ""))
 
 
 def point(name: str) -> None:
     if name == _name and next(_passes) == _number:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+arm()

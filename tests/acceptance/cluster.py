@@ -6,11 +6,12 @@
         cluster.restart("worker-default")
 
 They run the commands of `project.stack.programs` on free ports, on a database and a Redis
-database of their own, with short leases. Each is a session of its own, so that it is killed with
-what it started, and nothing else is.
+database of their own, with short leases. Each is a process group of its own, so that it is killed
+with what it started, and nothing else is.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ import redis
 from project.stack.ports import free_port
 from project.stack.processes import before_exec, tail
 from project.stack.programs import LANES, Places, programs
+from tests.acceptance.forks import Fork, Forks
 
 # A line for each request says nothing in a test's report.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -41,6 +43,8 @@ KEY = "lt_acceptance00_only-for-tests-0123456789"
 NAMES = ("sandbox", "web", "dispatcher", *(f"worker-{lane}" for lane in LANES))
 FIRST_PORT = 24000
 READY_S = 60.0
+# The sandbox's address in a database that is copied for each cluster.
+NOWHERE = "http://sandbox.invalid"
 # Leases are short, so that what a dead process owned is taken up soon.
 SETTINGS = {
     "LEASE_S": "6",
@@ -101,7 +105,7 @@ class Cluster:
             for name in names
             for number in range(1, (copies or {}).get(name, 1) + 1)
         }
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, subprocess.Popen[bytes] | Fork] = {}
         self.api = httpx.Client(
             base_url=self.base_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30.0
         )
@@ -113,24 +117,30 @@ class Cluster:
         at the same time (0 to 7)."""
         name = f"cluster_{os.getpid()}_{number}"
         first_port = FIRST_PORT + 100 * number
-        with new_database(os.environ["DATABASE_URL"], name) as database_url:
+        server_url = os.environ["DATABASE_URL"]
+        with new_database(server_url, name, template(server_url)) as database_url:
             redis_url = re.sub(r"(?:/\d*)?$", f"/{8 + number}", os.environ["REDIS_URL"], count=1)
             with redis.Redis.from_url(redis_url) as client:
                 client.flushdb()
-            with cls(folder, database_url, redis_url, first_port=first_port, **options) as cluster:
+            cluster = cls(folder, database_url, redis_url, first_port=first_port, **options)
+            cluster.rows(
+                "UPDATE llmtasks_provider SET base_url = replace(base_url, %s, %s)",
+                [NOWHERE, cluster.sandbox_url],
+            )
+            with cluster:
                 yield cluster
 
     # --- from start to end ----------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Migrate and seed an empty database."""
+        prepare(self.environment)
+
     def __enter__(self) -> "Cluster":
+        self.forks = Forks(self.environment, self.log("forks"))
         try:
-            if "sandbox" in self.commands:
-                self.start("sandbox")
-            self.manage("migrate", "--verbosity=0")
-            self.manage("seed_demo", "--route", "slow-20000")
             for name in self.commands:
-                if name != "sandbox":
-                    self.start(name)
+                self.start(name)
             self.wait_until_ready()
         except BaseException:
             self.stop()
@@ -144,12 +154,16 @@ class Cluster:
         """Start one program, with `more` in its environment; nothing where it runs already."""
         if self.is_alive(name):
             return
+        # Postgres shows who is connected.
+        more["PGAPPNAME"] = name
+        if "LD_PRELOAD" not in more:
+            self.running[name] = self.forks.start(self.commands[name], more, self.log(name))
+            return
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
                 self.commands[name],
                 cwd=ROOT,
-                # Postgres shows who is connected.
-                env={**self.environment, "PGAPPNAME": name, **more},
+                env={**self.environment, **more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -167,7 +181,7 @@ class Cluster:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def terminate(self, name: str, patience_s: float = 15.0) -> None:
+    def terminate(self, name: str, patience_s: float = 30.0) -> None:
         """End it as an operator would; SIGKILL where that takes too long."""
         process = self.running[name]
         process.terminate()
@@ -196,6 +210,7 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, deadline - time.monotonic()))
             self.kill9(name)
+        self.forks.close()
 
     # --- what a test asks -----------------------------------------------------------------------
 
@@ -208,15 +223,7 @@ class Cluster:
 
     def manage(self, *arguments: str) -> str:
         """Run a management command; its output. Fails the test with its errors."""
-        done = subprocess.run(
-            (sys.executable, "manage.py", *arguments),
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"manage.py {arguments}: {done.stderr[-3000:]}"
-        return done.stdout
+        return manage(self.environment, *arguments)
 
     def rows(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """The rows of a query on the cluster's database."""
@@ -327,15 +334,65 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, step_s: float = 0.0
     return answer
 
 
+def manage(environment: Mapping[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        (sys.executable, "manage.py", *arguments),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"manage.py {arguments}: {done.stderr[-3000:]}"
+    return done.stdout
+
+
+def prepare(environment: Mapping[str, str]) -> None:
+    manage(environment, "migrate", "--verbosity=0")
+    manage(environment, "seed_demo", "--route", "slow-20000")
+
+
+# --- databases ------------------------------------------------------------------------------------
+
+
+def template(server_url: str) -> str:
+    """The name of a database on that server that is migrated and seeded, made on first use."""
+    name = f"cluster_{code()}"
+    with connected(server_url) as connection:
+        # Test processes ask for it at once.
+        connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [name])
+        known = "SELECT 1 FROM pg_database WHERE datname = %s"
+        if not connection.execute(known, [name]).fetchone():
+            with new_database(server_url, f"{name}_new") as database_url:
+                prepare(
+                    {**os.environ, **SETTINGS, "DATABASE_URL": database_url, "SANDBOX_URL": NOWHERE}
+                )
+                connection.execute(f'ALTER DATABASE "{name}_new" RENAME TO "{name}"')
+    return name
+
+
+def code() -> str:
+    """A digest of the product's code, which decides what a new database holds."""
+    digest = hashlib.sha256()
+    for package in ("llmtasks", "project", "providers"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 @contextlib.contextmanager
-def new_database(server_url: str, name: str) -> Iterator[str]:
-    """The URL of a new, empty database on the server of `server_url`."""
-    parts = urlsplit(server_url)
-    admin = urlunsplit(parts._replace(path="/postgres"))
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
+def new_database(server_url: str, name: str, copied: str = "template1") -> Iterator[str]:
+    """The URL of a new database on the server of `server_url`: empty, or a copy of one."""
+    with connected(server_url) as connection:
+        connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{copied}"')
     try:
-        yield urlunsplit(parts._replace(path=f"/{name}"))
+        yield urlunsplit(urlsplit(server_url)._replace(path=f"/{name}"))
     finally:
-        with psycopg.connect(admin, autocommit=True) as connection:
+        with connected(server_url) as connection:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+def connected(server_url: str) -> psycopg.Connection[Any]:
+    """A connection for what concerns the whole server."""
+    admin = urlunsplit(urlsplit(server_url)._replace(path="/postgres"))
+    return psycopg.connect(admin, autocommit=True)

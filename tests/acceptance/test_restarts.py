@@ -18,7 +18,7 @@ from project.stack.programs import Places, programs
 from tests.acceptance.cluster import FIRST_PORT, Cluster, chat, wait_for
 
 NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-GRACE_S = 3
+GRACE_S = 8
 ROUNDS = 2
 CALLERS = 6
 MODELS = ("echo", "slow-100", "slow-1000", "claude-echo", "claude-slow-100")

@@ -364,12 +364,14 @@ def own_servers() -> Iterator[Servers]:
 @contextmanager
 def own_cluster(servers: Servers, size: Size) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="llmtasks-chaos-stores-") as folder:
-        with Cluster(
+        cluster = Cluster(
             Path(folder),
             servers.database_url,
             servers.redis_url,
             first_port=FIRST_PORT + 1800,
             names=("sandbox", "web", "dispatcher", "worker-default"),
             settings=size.settings,
-        ) as cluster:
+        )
+        cluster.prepare()
+        with cluster:
             yield cluster
