@@ -11,7 +11,8 @@ The model's name says what happens (a `claude-` before it changes nothing):
     garbage            200, not JSON
     tool               calls the request's tool; answers once the last message is a result
     script             makes the calls that the first user text lists, turn by turn (JSON like
-                       [[{"name": "f", "arguments": {}}], …]), then answers the last result
+                       [[{"name": "f", "arguments": {}}], …]), then answers the last result; an
+                       argument "$queued" is the ids of the calls that were queued before
     long-<n>[-<rate>]  n tokens at that rate (per second, 200 where not given)
     no-usage           an answer without usage
     embed[-<dims>]     embeddings alone: vectors that depend on the text alone

@@ -30,6 +30,8 @@ _NAME: Final = re.compile(
     r"-(\d{1,7})|(long)-(\d{1,7})(?:-(\d{1,6}))?)"
 )
 
+_RECEIPT: Final = re.compile(r'\{"queued": ?"([0-9a-f-]{1,64})"\}')
+
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
@@ -75,6 +77,8 @@ class Prompt:
     input_tokens: int
     first_text: str
     last_text: str
+    # The ids of `{"queued": "<id>"}`, in order: receipts for calls that are made later.
+    receipts: tuple[str, ...]
     # How often the model spoke already.
     turn: int
     after_tool: bool
@@ -121,6 +125,7 @@ def read_prompt(body: Mapping[str, Any], anthropic: bool) -> Prompt:
         input_tokens=tokens(system + "".join(texts)),
         first_text=users[0] if users else "",
         last_text=users[-1] if users else "",
+        receipts=tuple(_RECEIPT.findall("".join(users[1:]))),
         turn=sum(message.get("role") == "assistant" for message in messages),
         after_tool=_is_result(messages[-1]),
         tool=_tool(body, anthropic),
@@ -160,17 +165,20 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _script(text: str) -> list[tuple[tuple[str, str], ...]]:
+def _script(prompt: Prompt) -> list[tuple[tuple[str, str], ...]]:
     """The calls of each turn: JSON like `[[{"name": …, "arguments": {…}}], …]`. Text for arguments
-    is sent as it is."""
+    is sent as it is; an argument `"$queued"` becomes the list of receipts."""
     return [
-        tuple(
-            (call["name"], made if isinstance(made, str) else orjson.dumps(made).decode())
-            for call in turn
-            for made in [call.get("arguments", {})]
-        )
-        for turn in orjson.loads(text)
+        tuple((call["name"], _arguments(call.get("arguments", {}), prompt)) for call in turn)
+        for turn in orjson.loads(prompt.first_text)
     ]
+
+
+def _arguments(given: Any, prompt: Prompt) -> str:
+    if isinstance(given, str):
+        return given
+    receipts = orjson.dumps(prompt.receipts).decode()
+    return orjson.dumps(given).decode().replace('"$queued"', receipts)
 
 
 def _tool(body: Mapping[str, Any], anthropic: bool) -> tuple[str, Mapping[str, Any]] | None:
@@ -206,7 +214,7 @@ def answer(prompt: Prompt, wanted: Behaviour) -> Answer:
         given_to_tool = minimal({"type": "object", **schema}, schema)
         call = (name, orjson.dumps(given_to_tool).decode())
         return Answer(tools=(call,), input_tokens=given)
-    if wanted.kind == "script" and prompt.turn < len(script := _script(prompt.first_text)):
+    if wanted.kind == "script" and prompt.turn < len(script := _script(prompt)):
         return Answer(tools=script[prompt.turn], input_tokens=given)
     if wanted.kind == "long":
         text = WORD * wanted.number

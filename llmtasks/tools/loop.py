@@ -17,7 +17,7 @@ from uuid import UUID
 import orjson
 from uuid_utils.compat import uuid7
 
-from llmtasks import bodies, call, events, pulse, steps
+from llmtasks import bodies, call, events, pulse, steps, stores
 from llmtasks.bodies import AgentRequest, ToolRequest
 from llmtasks.context import Context, Event, Reset, drop_error
 from llmtasks.errors import AgentStopped, NotFound
@@ -217,6 +217,7 @@ def run_calls(talk: Talk, context: Context) -> None:
         waits = [one for step in done if step.status == Step.Status.OPEN for one in awaited(step)]
         if task.mode == Mode.INLINE:
             # Whoever waits holds the line: children are looked for again and again.
+            stores.release()
             context.pause(0.1)
             if context.left_s <= 0:
                 raise AgentStopped("the deadline passed while the agent waited for results")
@@ -346,6 +347,8 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
         if step.status == Step.Status.APPROVED:
             steps.change(task, step, Step.Status.RUNNING)
             steps.tell(step)
+    # Whoever waits for tools keeps no connection that they may want.
+    stores.release()
     if len(wanted) == 1:
         run(wanted[0])
     threads = [threading.Thread(target=run, args=(step,), daemon=True) for step in wanted[1:]]

@@ -218,6 +218,8 @@ def timed(tool: Tool, values: Mapping[str, Any], seconds: float) -> Result:
     global _abandoned
     if _abandoned >= MAX_ABANDONED:
         return Result("too many tool runs never ended: restart the process", "ToolUnavailable")
+    # Whoever waits for the tool keeps no connection that it may want.
+    stores.release()
     run = Run(tool, values, max(0.0, seconds))
     run.start()
     run.join(max(0.0, seconds))

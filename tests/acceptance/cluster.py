@@ -348,7 +348,7 @@ def manage(environment: Mapping[str, str], *arguments: str) -> str:
 
 def prepare(environment: Mapping[str, str]) -> None:
     manage(environment, "migrate", "--verbosity=0")
-    manage(environment, "seed_demo", "--route", "slow-20000")
+    manage(environment, "seed_demo", "--route", "slow-20000", "--route", "script")
 
 
 # --- databases ------------------------------------------------------------------------------------

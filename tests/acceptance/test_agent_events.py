@@ -19,7 +19,6 @@ Frame = tuple[str, str, dict[str, Any]]
 def shop(tmp_path: Any) -> Iterator[Cluster]:
     settings = {"APPS": "tests.acceptance.shop"}
     with Cluster.fresh(tmp_path, NUMBER % 2 + 4, names=NAMES, settings=settings) as cluster:
-        cluster.manage("seed_demo", "--route", "script")
         yield cluster
 
 

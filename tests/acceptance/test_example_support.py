@@ -20,7 +20,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("support")
     settings = {"APPS": "examples.support"}
     with Cluster.fresh(folder, NUMBER % 2 + 4, names=NAMES, settings=settings) as cluster:
-        cluster.manage("seed_demo", "--route", "script")
         yield cluster
 
 

@@ -34,7 +34,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, api: Api) -> Iterator[Clus
     names = ("sandbox", "web", "dispatcher", "worker-default")
     folder = tmp_path_factory.mktemp("outside")
     with Cluster.fresh(folder, 7, settings=settings, names=names) as running:
-        running.manage("seed_demo", "--route", "script")
         running.manage("shell", "-c", CONFIGURE.format(url=api.base_url))
         yield running
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 # What each proves; the modules are in this package.
 PROOFS = {
     "kills": "kill -9 of every program again and again, beside plain Celery",
+    "agents": "kill -9 again and again while agents and workflows run",
     "crash": "kill -9 at each named step, again and again",
     "stores": "Redis and Postgres killed, frozen, emptied, restarted and away, under load",
     "limits": "eight workers, three times the limit, surprise 429s and wrong clocks",

@@ -30,15 +30,18 @@ CREATE TRIGGER chaos_end AFTER INSERT OR UPDATE ON llmtasks_task
 FINISHED = "SELECT count(*) FROM chaos_ends"
 
 TASKS = """
-SELECT id::text, status, attempts, cost, cost_state, owner_id, error_class, route
+SELECT id::text, status, attempts, cost, cost_state, owner_id, error_class, route, kind
 FROM llmtasks_task WHERE metadata ? %(mark)s
 """
 
 ATTEMPTS = """
-SELECT a.task_id::text, a.number, a.state, a.error_class, a.http_status, a.cost, a.cost_state
+SELECT a.task_id::text, a.number, a.state, a.error_class, a.http_status, a.cost, a.cost_state,
+    a.step
 FROM llmtasks_attempt a JOIN llmtasks_task t ON t.id = a.task_id WHERE t.metadata ? %(mark)s
-ORDER BY a.task_id, a.number
+ORDER BY a.task_id, a.step, a.number
 """
+# What calls models itself; the others have no attempts.
+CALLING = ("chat", "embedding", "agent")
 
 
 def install(cluster: Cluster) -> None:
@@ -92,34 +95,47 @@ def ends(
 def bills(
     tasks: Mapping[str, Sequence[Any]], attempts: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
-    """Billed: settled, with status 200 and a cost that is final."""
-    billed = {
-        task_id: sum(is_billed(row) for row in attempts.get(task_id, ())) for task_id in tasks
+    """Billed: settled, with status 200 and a cost that is final; each step of a task at most
+    once."""
+    billed = {task_id: sum(map(is_billed, attempts.get(task_id, ()))) for task_id in tasks}
+    answered = {
+        task_id for task_id, row in tasks.items() if row[1] == "succeeded" and row[8] in CALLING
     }
-    answered = {task_id for task_id, row in tasks.items() if row[1] == "succeeded"}
     states = Counter(row[1] for rows in attempts.values() for row in rows)
+    steps = [rows for task_id in tasks for rows in by_step(attempts.get(task_id, ())).values()]
     return {
         "attempts": sum(states.values()),
         "attempt_states": dict(states),
-        "billed_twice": sum(number > 1 for number in billed.values()),
+        "billed_twice": sum(sum(map(is_billed, rows)) > 1 for rows in steps),
+        "called_after_bill": sum(any(map(is_billed, rows[:-1])) for rows in steps),
         "answered_unbilled": sum(billed[task_id] == 0 for task_id in answered),
         "left_open": states["sent"],
         "sums_wrong": sum(
-            not sums_up(row, attempts.get(task_id, ())) for task_id, row in tasks.items()
+            not sums_up(row, attempts.get(task_id, ()))
+            for task_id, row in tasks.items()
+            if row[8] in CALLING
         ),
     }
 
 
 def is_billed(attempt: Sequence[Any]) -> bool:
-    _, state, error_class, http_status, cost, _ = attempt
-    return state == "settled" and http_status == 200 and not error_class and cost > 0
+    _, state, error_class, http_status, cost, *_ = attempt
+    return bool(state == "settled" and http_status == 200 and not error_class and cost > 0)
+
+
+def by_step(attempts: Sequence[Any]) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = defaultdict(list)
+    for row in attempts:
+        found[row[6]].append(row)
+    return found
 
 
 def sums_up(task: Sequence[Any], attempts: Sequence[Any]) -> bool:
-    """A task's count, cost and numbers are those of its attempts."""
-    numbers = [row[0] for row in attempts]
+    """A task's count and cost are those of its attempts, which are numbered within each step."""
     cost = sum(row[4] for row in attempts)
-    return numbers == list(range(1, task[2] + 1)) and (task[3] or 0) == cost
+    steps = by_step(attempts).values()
+    is_numbered = all([row[0] for row in rows] == list(range(1, len(rows) + 1)) for rows in steps)
+    return is_numbered and len(attempts) == task[2] and (task[3] or 0) == cost
 
 
 def calls(

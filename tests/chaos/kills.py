@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -128,6 +128,33 @@ def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool
 def ours(
     cluster: Cluster, bodies: list[dict[str, Any]], size: Size, order: list[str]
 ) -> dict[str, Any]:
+    sent = send_and_kill(cluster, bodies, size, order, audit.finished)
+    return {
+        "submitted": sent.answers,
+        "ours": {
+            **audit.figures(cluster, sent.ids),
+            "failed_otherwise": failed_otherwise(cluster),
+            **sent.times,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Sent:
+    ids: dict[int, str]
+    answers: dict[str, Any]
+    times: dict[str, Any]
+
+
+def send_and_kill(
+    cluster: Cluster,
+    bodies: list[dict[str, Any]],
+    size: Size,
+    order: list[str],
+    finished: Callable[[Cluster], int],
+) -> Sent:
+    """Send all while programs are killed, and wait until `finished` counts as many, or nothing
+    moves any more."""
     bursts = Bursts(size, SEED)
     began = time.monotonic()
     with Submitter(cluster.base_url, bodies, bursts.may_send) as submitter:
@@ -141,23 +168,18 @@ def ours(
             while_moving(sent, lambda: len(submitter.ids), size.quiet_s, 0.05)
 
         def progress() -> tuple[int, int]:
-            return len(submitter.ids), audit.finished(cluster)
+            return len(submitter.ids), finished(cluster)
 
         bursts.run(order, cluster.kill9, cluster.start, wait_for_work, wait_until_sent)
         loop_s, sent_in_loop = round(time.monotonic() - began, 1), len(submitter.ids)
         cluster.start_all()
         while_moving(lambda: progress() == (size.tasks, size.tasks), progress, size.quiet_s)
     seconds = round(time.monotonic() - began, 1)
-    return {
-        "submitted": {"answers": dict(submitter.answers), "changed": len(submitter.changed)},
-        "ours": {
-            **audit.figures(cluster, submitter.ids),
-            "failed_otherwise": failed_otherwise(cluster),
-            "sent_in_loop": sent_in_loop,
-            "kill_loop_s": loop_s,
-            "seconds": seconds,
-        },
-    }
+    return Sent(
+        submitter.ids,
+        {"answers": dict(submitter.answers), "changed": len(submitter.changed)},
+        {"sent_in_loop": sent_in_loop, "kill_loop_s": loop_s, "seconds": seconds},
+    )
 
 
 def is_at_work(cluster: Cluster, name: str, has_taken: bool) -> bool:

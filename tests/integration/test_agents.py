@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from django.db import connections
 
 from llmtasks import execute, pulse, steps, submit
 from llmtasks.admin import runs
@@ -108,6 +109,25 @@ def test_critical_calls_of_one_turn_run_at_the_same_time(tenant: Tenant) -> None
     assert outcome.task.cost == sum(a.cost for a in attempts)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_connection_is_kept_while_tools_run(
+    tenant: Tenant, toolbox: tools.Registry, count: int
+) -> None:
+    callers, kept = connections["default"], []
+
+    def look(number: int) -> str:
+        kept.append(callers.connection is not None)
+        return "seen"
+
+    toolbox.add(of_function(look))
+    turn = [call("look", number=n) for n in range(count)]
+    task = queue(agent_work(tenant, turn, tools=("look",)))
+    work_off()
+    task.refresh_from_db()
+    assert task.status == Status.SUCCEEDED
+    assert kept == [False] * count
+
+
 def test_queued_and_in_the_background(tenant: Tenant) -> None:
     task = queue(agent_work(tenant, [call("look_up", order=1), call("send_mail", to="a@b")]))
     work_off()
@@ -148,12 +168,20 @@ def test_the_same_call_again_and_again(tenant: Tenant) -> None:
 
 
 def test_waiting_for_results_holds_no_worker(tenant: Tenant) -> None:
-    task = queue(agent_work(tenant, [call("send_mail", to="a@b")]))
+    turns = [[call("send_mail", to="a@b")], [call("await_results", ids="$queued")]]
+    task = queue(agent_work(tenant, *turns))
     work_off(once=True)
-    # The model's next turn is told by hand what its script could not know: the child's id.
     task.refresh_from_db()
     [child] = Task.objects.filter(parent_id=task.id)
-    assert child.status == Status.WAITING
+    assert (task.status, task.owner_id, child.status) == (Status.BLOCKED, None, Status.WAITING)
+    assert task.waits_for == [child.id]
+    work_off()
+    task.refresh_from_db()
+    assert task.status == Status.SUCCEEDED
+    assert CALLS == ["send_mail a@b"]
+    [content] = [row.output["content"] for row in steps.of(task.id) if row.kind == "wait"]
+    results = {str(child.id): {"status": "succeeded", "result": "sent to a@b"}}
+    assert orjson.loads(content) == {"results": results}
 
 
 def test_approval_blocks_until_a_person_decides(tenant: Tenant) -> None:

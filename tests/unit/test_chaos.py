@@ -7,14 +7,15 @@ import pytest
 
 from tests.benchmarks import machine
 from tests.chaos import __main__ as chaos
-from tests.chaos import audit, kills, submit
+from tests.chaos import agents, audit, kills, runs, submit
 from tests.chaos.bursts import Bursts, victims
 
-# status, attempts, cost, cost_state, owner, error, route, each after the id
-DONE = ("a", "succeeded", 1, 5, "final", None, "", "echo")
-# number, state, error_class, http_status, cost, cost_state
-BILLED = (1, "settled", "", 200, 5, "final")
-UNKNOWN = (1, "unknown", "", None, 3, "estimated")
+# status, attempts, cost, cost_state, owner, error, route, kind, each after the id
+DONE = ("a", "succeeded", 1, 5, "final", None, "", "echo", "chat")
+# number, state, error_class, http_status, cost, cost_state, step
+BILLED = (1, "settled", "", 200, 5, "final", 0)
+UNKNOWN = (1, "unknown", "", None, 3, "estimated", 0)
+TURNS = ("a", "succeeded", 2, 10, "final", None, "", "echo", "agent")
 SEEN = {"calls": 1, "answered": 1, "overlaps": 0}
 
 
@@ -31,14 +32,19 @@ def test_ends():
     [
         (DONE, [BILLED], set()),
         (DONE, [BILLED, (2, *BILLED[1:])], {"billed_twice", "sums_wrong"}),
-        (DONE, [(1, "settled", "ServerError", 500, 0, "final")],
+        (DONE, [(1, "settled", "ServerError", 500, 0, "final", 0)],
          {"answered_unbilled", "sums_wrong"}),
         (DONE, [], {"answered_unbilled", "sums_wrong"}),
-        (DONE, [(1, "sent", "", None, 5, "estimated")], {"left_open", "answered_unbilled"}),
-        (("a", "succeeded", 2, 8, "estimated", None, "", "echo"),
+        (DONE, [(1, "sent", "", None, 5, "estimated", 0)], {"left_open", "answered_unbilled"}),
+        (("a", "succeeded", 2, 8, "estimated", None, "", "echo", "chat"),
          [UNKNOWN, (2, *BILLED[1:])], set()),
-        (("a", "succeeded", 2, 8, "estimated", None, "", "echo"),
+        (("a", "succeeded", 2, 8, "estimated", None, "", "echo", "chat"),
          [UNKNOWN, (3, *BILLED[1:])], {"sums_wrong"}),
+        # Turns of an agent are numbered and billed each by itself.
+        (TURNS, [BILLED, (*BILLED[:-1], 2)], set()),
+        (TURNS, [BILLED, (2, *BILLED[1:])], {"billed_twice"}),
+        (TURNS, [BILLED, (2, *BILLED[1:-1], 2)], {"sums_wrong"}),
+        (("a", "succeeded", 0, None, "", None, "", "look_up@1", "tool"), [], set()),
     ],
 )  # fmt: skip
 def test_bills(task, attempts, wrong):
@@ -66,6 +72,30 @@ def test_calls(attempts, seen, wrong):
     assert {name for name in names if found[name]} == wrong
     assert found["vendor_only"] == 0
     assert audit.calls({}, {}, {"a": seen})["vendor_only"] == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "times", "wrong"),
+    [
+        (("k", "charge@1", "done", 5), [4], set()),
+        (("k", "charge@1", "done", 5), [3, 4], {"ran_again", "ran_twice"}),
+        (("k", "charge@1", "failed", 5), [6], {"ran_when_done"}),
+        (("k", "charge@1", "failed", 5), [], set()),
+        (("k", "post@1", "succeeded", 5), [], {"never_ran"}),
+        (("k", "mail@1", "succeeded", 5), [3, 4], {"ran_again"}),
+        (("k", "mail@1", "running", None), [3], set()),
+        (("other", "mail@1", "running", None), [3], {"unasked"}),
+    ],
+)
+def test_tools_that_ran(call, times, wrong):
+    found = agents.tools({"k": times} if times else {}, [call])
+    assert {name for name, count in found.items() if count} - {"runs", "calls"} == wrong
+
+
+def test_each_kind_of_run_is_made():
+    bodies = [runs.body(number) for number in range(len(runs.RUNS))]
+    assert [body["metadata"]["run"] for body in bodies] == list(runs.RUNS)
+    assert len({json.dumps(body) for body in bodies}) == len(bodies)
 
 
 def test_everything_is_a_victim():

@@ -29,6 +29,7 @@ from providers.types import (
     ResponseFormat,
     Text,
     TextDelta,
+    ToolCall,
     ToolResult,
     ToolSpec,
     Usage,
@@ -149,6 +150,18 @@ def test_tool_choices(provider):
     assert both(provider, chosen).tool_calls[0].arguments == "{}"
     for request in (chat("tool"), chat("tool", tools=(TOOL,), tool_choice="none")):
         assert both(provider, request).text == "Hello, world!"
+
+
+def test_a_script_names_the_calls_that_it_queued(provider):
+    given = json.dumps([[], [{"name": "wait", "arguments": {"ids": "$queued"}}]])
+    calls = [ToolCall(id=name, name="send", arguments="{}") for name in ("c1", "c2")]
+    results = [
+        Message(role="tool", parts=(ToolResult(call_id=call.id, content=content),))
+        for call, content in zip(calls, ('{"queued":"aa-1"}', '{"queued": "bb-2"}'), strict=True)
+    ]
+    request = chat("script", given, Message(role="assistant", parts=tuple(calls)), *results)
+    (call,) = both(provider, request).tool_calls
+    assert json.loads(call.arguments) == {"ids": ["aa-1", "bb-2"]}
 
 
 def test_structured_output(provider):
