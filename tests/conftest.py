@@ -4,8 +4,12 @@ Unit tests need no service. The others get a Postgres and a Valkey of their own 
 `make test`; under xdist each process has its own database and its own Redis database number.
 """
 
+import fcntl
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import django
@@ -13,6 +17,8 @@ import pytest
 from django.conf import settings
 
 HAS_SERVICES = bool(os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL"))
+# The folder of the locks of one run under xdist.
+LOCKS = "LLMTASKS_TESTS_LOCKS"
 NEED_SERVICES = {"integration", "acceptance", "chaos", "benchmarks"}
 
 
@@ -45,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "acceptance": "drives real processes from outside",
         "chaos": "kills processes and servers",
         "slow": "takes more than a few seconds",
+        "alone": "judges what a busy machine would change: no other test runs beside it",
     }.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
@@ -55,6 +62,28 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     settings before they come to the lines above."""
     if session.config.getoption("numprocesses", None):
         os.environ.pop("DJANGO_SETTINGS_MODULE", None)
+        os.environ[LOCKS] = tempfile.mkdtemp(prefix="llmtasks-tests-")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("numprocesses", None):
+        shutil.rmtree(os.environ.pop(LOCKS), ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` waits for those under way in other processes, and they for it."""
+    if LOCKS not in os.environ:
+        return (yield)
+    kind = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    folder = Path(os.environ[LOCKS])
+    with (folder / "door").open("a") as door, (folder / "room").open("a") as room:
+        # Who waits to be alone holds the door: nobody else goes in.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, kind)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,12 +5,15 @@ it runs in the real server. Nothing of it expires by itself meanwhile.
 """
 
 import bisect
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from django.conf import settings
+from redis import Redis
 from uuid_utils.compat import uuid7
 
 from llmtasks.guards import meters, rate_limit, rules
@@ -79,6 +82,10 @@ class Limiter:
         monkeypatch.setattr(meters, "SHA", sha.encode() if isinstance(sha, str) else sha)
         keyed = tuple((one, f"{{limits}}:meter:{one.id}") for one in held)
         monkeypatch.setattr(rules, "holding", lambda *_: keyed)
+        # Its clock stands still meanwhile: a slow machine is no outage.
+        patient = Redis.from_url(settings.REDIS_URL, socket_timeout=60.0)
+        monkeypatch.setattr(meters, "client", lambda: patient)
+        monkeypatch.setattr(meters, "_idle", deque())
         self.set(START_US)
 
     def set(self, now_us: int) -> None:

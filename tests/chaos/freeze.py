@@ -30,6 +30,9 @@ SETTINGS = {"LEASE_S": f"{LEASE_S:g}", "RENEW_S": "0.5", "DROP_AFTER_S": "3", "H
 VICTIMS = ("worker-default-2", "web", "dispatcher")
 ROUNDS = 8
 ROUNDS_SHORT = 1
+# Whether an answer in a socket is read before the call is dropped is a race of threads: as many
+# rounds more until one was.
+MOST_MORE = 4
 # Some answers come while nobody reads them, some after; others stream all the while.
 MODELS = ("slow-500", "claude-slow-1000", "slow-3000", "claude-slow-5000", "long-400-50")
 BATCH = 10
@@ -66,7 +69,7 @@ SELECT count(*) FROM llmtasks_task t WHERE coalesce(cost, 0)
 
 CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "everything was frozen as often as was meant": lambda f: (
-        set(f["frozen"].values()) == {f["rounds"]}
+        min(f["frozen"].values()) >= f["rounds"]
     ),
     "stale changes were tried, and all refused": lambda f: (
         f["late_settlements"] > 0 and not f["stale_changes"] and not f["foreign_answers"]
@@ -132,7 +135,9 @@ def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool
         ids: dict[int, str] = {}
         calls: list[Future[dict[str, Any]]] = []
         with ThreadPoolExecutor(BATCH) as callers:
-            for _ in range(rounds):
+            for number in range(rounds + MOST_MORE):
+                if number >= rounds and cluster.rows(history.LATE)[0][1]:
+                    break
                 for name in VICTIMS:
                     ids |= queue(cluster, len(ids))
                     if name == "web":

@@ -691,13 +691,18 @@ def test_a_wide_fan_out_works_in_flat_memory(tenant: Tenant) -> None:
         "max_concurrency": 1000, "collect": "none", "do": prompt(None, "{{ item }}"),
     }  # fmt: skip
     task = queue(tenant, do, {"list": list(range(10_000))})
-    peaks: list[int] = []
-    most = 0
+    peaks: dict[int, int] = {}
+    most = runs = 0
     while Task.objects.get(id=task.id).status not in ("succeeded", "failed"):
-        tracemalloc.start()
-        run_now(task)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        runs += 1
+        # Tracing is slow: the first two runs and those far from them.
+        if runs in (1, 2, 9, 10):
+            tracemalloc.start()
+            run_now(task)
+            peaks[runs] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        else:
+            run_now(task)
         open_ = Task.objects.filter(parent_id=task.id, status="waiting")
         most = max(most, open_.count())
         open_.update(status="succeeded", finished_at=pulse.now(), cost=Decimal("0.001"))
@@ -706,6 +711,6 @@ def test_a_wide_fan_out_works_in_flat_memory(tenant: Tenant) -> None:
     assert task.payload.response["value"] == counts
     assert task.cost == 10
     assert most == 1000
-    assert len(peaks) == 11
+    assert runs == 11
     # Far from the first batch it is as large as at the first.
-    assert max(peaks[5:]) < 1.5 * max(peaks[:2])
+    assert max(peaks[9], peaks[10]) < 1.5 * max(peaks[1], peaks[2])
