@@ -122,7 +122,7 @@ class Limiter:
 
     def used(self, one: Rule) -> int:
         """What the meter of a rule holds now."""
-        arguments = {"meters": [one.wire(0, 0)], "places": [], "horizon": 0}
+        arguments = {"meters": [one.wire()], "places": [], "horizon": 0}
         answer = meters.run("room", [f"{{limits}}:meter:{one.id}"], arguments)
         return int(answer["rooms"][0][1])
 

@@ -93,9 +93,9 @@ def stats_of(provider: str, model: str) -> Stats:
     return _stats.get(f"{provider}/{model}", Stats())
 
 
-def put_stats(place: str, found: Sequence[str]) -> None:
-    """Remember what Redis told: texts, empty for what nobody knows."""
-    _stats[place] = Stats(*(float(text) if text else None for text in found))
+def put_stats(place: str, found: Sequence[float | str]) -> None:
+    """Remember what Redis told, empty for what nobody knows."""
+    _stats[place] = Stats(*(None if one == "" else float(one) for one in found))
 
 
 def need_of(provider: str, model: str, input_bytes: int, max_output: int | None) -> Need:

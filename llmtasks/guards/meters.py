@@ -10,6 +10,7 @@ the script.
 
 import logging
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -33,6 +34,8 @@ AWAY_AFTER_S = 1.0
 # A command's way through a cluster: every key of ours has this tag.
 PLACE = "{limits}:epoch"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_bytes()
+# What a meter gave a call that was let through: need, pace, left and reset_us.
+GIVEN = struct.Struct("<4d")
 # Not a secret's: the name by which Redis knows a script.
 SHA = sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 
@@ -97,13 +100,15 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 
 def run(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """One operation of `rate_limit.lua`. Raises `Away`."""
+    """One operation of `rate_limit.lua`; `meters` of its arguments are packed already. Raises
+    `Away`."""
     if not outage.may_ask():
         raise Away
     # To the script null is not nil.
     given = {name: value for name, value in arguments.items() if value is not None}
+    packed_meters = b"".join(given.pop("meters", ()))
     try:
-        answer = send((*keys, PLACE), (operation.encode(), orjson.dumps(given)))
+        answer = send((*keys, PLACE), (operation.encode(), orjson.dumps(given), packed_meters))
     except redis.ResponseError as error:
         if not is_passing(error):
             raise
@@ -113,6 +118,9 @@ def run(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> dict[
         outage.found(error)
         raise Away from error
     outage.found(None)
+    if isinstance(answer, list):
+        told, given_by = answer
+        return {**orjson.loads(told), "meters": GIVEN.iter_unpack(given_by)}
     return orjson.loads(answer)  # type: ignore[no-any-return]
 
 

@@ -32,8 +32,9 @@ def outlooks(
         "room",
         [rule.meter(tenant_id, key_id) for _, rule in asked],
         {
+            "meters": [rule.wire() for _, rule in asked],
             # Nothing is kept back from who waits.
-            "meters": [rule.wire(0, 0) | {"keep": 0} for _, rule in asked],
+            "urgent": True,
             "places": [f"{provider}/{model}" for provider, model in models],
             "horizon": int(horizon_s * 1e6),
             "lease": rate_limit.lease_us(),

@@ -36,8 +36,9 @@
 -- slots count what was used in any window: never more than the amount, whatever was estimated,
 -- settled or used in bursts. `docs/decisions/0015-two-meters-for-a-rate.md` says why.
 --
--- ARGV: the operation, its arguments as JSON, and anything where the server did not know this
--- script: then it was started since the last call, or is another, and what it holds may be old.
+-- ARGV: the operation, its arguments as JSON, the meters as `Rule.wire` packs them, and anything
+-- where the server did not know this script: then it was started since the last call, or is another,
+-- and what it holds may be old.
 
 local SLOTS = 120
 local BREAKER_SLOT, BREAKER_SLOTS, BREAKER_LEAST = 5e6, 6, 20
@@ -59,8 +60,8 @@ local function text(number) return string.format('%.0f', number) end
 
 local function epoch(known)
   local since = tonumber(known)
-  if not since or since > now or (ARGV[3] and now - since > RESTART) then
-    redis.call('SET', '{limits}:epoch', text(now))
+  if not since or since > now or (ARGV[4] and now - since > RESTART) then
+    redis.call('SET', '{limits}:epoch', now)
     return now
   end
   return since
@@ -68,43 +69,54 @@ end
 
 -- Rates ------------------------------------------------------------------------------------------
 
--- m: need (reserved), pace (expected), amount, burst, keep (what background work leaves),
---    per (the window, us; 0 for calls at once), slack (slots), seeds (Postgres knows what was used),
---    made (when the limit was made, us)
+-- m: need (reserved), pace (expected), used, told_limit and told_left (what the vendor's headers
+--    said, or -1), amount, burst, keep (what background work leaves), per (the window, us; 0 for
+--    calls at once), slack (slots), seeds (Postgres knows what was used), made (when the limit was
+--    made, us)
+local WIRE, WIRE_BYTES = '<dddddddddddd', 96
 
 local function meters()
-  for i, m in ipairs(args.meters) do m.key = KEYS[i] end
-  return args.meters
+  local found = {}
+  for i = 1, #ARGV[3] / WIRE_BYTES do
+    local need, pace, used, told_limit, told_left, amount, burst, keep, per, slack, seeds, made =
+      struct.unpack(WIRE, ARGV[3], (i - 1) * WIRE_BYTES + 1)
+    found[i] = { key = KEYS[i], need = need, pace = pace, used = used, told_limit = told_limit,
+      told_left = told_left, amount = amount, burst = burst, keep = keep, per = per,
+      slack = slack, seeds = seeds == 1, made = made }
+  end
+  return found
 end
 
 local function use(m, slot, units)
-  local used = redis.call('HINCRBY', m.key, text(slot), text(units))
+  -- What goes into the slot that was read is written with the rest, by put_rate.
+  if slot == m.into then
+    m.held = m.held + units
+  else
+    redis.call('HINCRBY', m.key, slot, units)
+  end
   m.sum = m.sum + units
   m.oldest = math.min(m.oldest, slot)
-  return used
 end
 
 local function forget_old(m)
   -- What fell out of the window no longer counts.
   local names = {}
   for slot = m.oldest, math.min(m.first, m.oldest + 2 * SLOTS) - 1 do
-    names[#names + 1] = text(slot)
+    names[#names + 1] = slot
   end
   for _, used in ipairs(redis.call('HMGET', m.key, unpack(names))) do
     m.sum = m.sum - (tonumber(used) or 0)
   end
   redis.call('HDEL', m.key, unpack(names))
   m.oldest = m.first
-  redis.call('HSET', m.key, 'sum', text(m.sum), 'oldest', text(m.oldest))
+  redis.call('HSET', m.key, 'sum', m.sum, 'oldest', m.oldest)
 end
 
 local function begin_again(m)
   -- The clock was set back, or the window is another one: all of it counts as used just now.
-  local sum = m.sum
+  m.all, m.back, m.oldest, m.held = now, now, m.slot, m.into == m.slot and m.sum or 0
   redis.call('DEL', m.key)
-  m.all, m.back, m.sum, m.oldest = now, now, 0, m.slot
-  use(m, m.slot, sum)
-  redis.call('HSET', m.key, 'since', text(m.since), 'sum', text(sum), 'oldest', text(m.oldest))
+  redis.call('HSET', m.key, 'since', m.since, 'sum', m.sum, 'oldest', m.slot, m.slot, m.sum)
   redis.call('PEXPIRE', m.key, m.life)
 end
 
@@ -115,13 +127,17 @@ local function claim(value)
   return 0, now
 end
 
-local function read_rate(m, since)
+local function read_rate(m, since, at)
+  -- `at` is when the call was let through.
   m.width = math.ceil(m.per / SLOTS)
   m.slot = math.floor(now / m.width)
   m.first = m.slot - SLOTS - m.slack
   m.life = (SLOTS + m.slack + 2) * math.ceil(m.width / 1000)
-  local began, all, back, sum, oldest, cap, want, big = unpack(redis.call('HMGET', m.key,
-    'since', 'all', 'back', 'sum', 'oldest', 'cap', 'want', 'big'))
+  m.was = at and math.floor(at / m.width) or m.slot
+  -- The slot that the call counts in.
+  m.into = m.was >= m.first and m.was or m.slot
+  local began, all, back, sum, oldest, cap, want, big, mean, held = unpack(redis.call('HMGET',
+    m.key, 'since', 'all', 'back', 'sum', 'oldest', 'cap', 'want', 'big', 'mean', m.into))
   m.cap = tonumber(cap)
   m.limit = m.amount
   m.amount = math.min(m.amount, m.cap or m.amount)
@@ -133,7 +149,7 @@ local function read_rate(m, since)
   m.back_at = since + m.per + (m.slack + 1) * m.width
   m.is_lost = tonumber(began) ~= since and now < m.back_at
     -- What was used before the limit was made, no meter counted.
-    or not m.is_known and now < (m.made or 0) + m.per
+    or not m.is_known and now < m.made + m.per
   local start = now < m.back_at and since + m.burst * m.interval or now
   m.since = since
   m.all = math.max(tonumber(all) or start, now)
@@ -142,6 +158,8 @@ local function read_rate(m, since)
   m.oldest = tonumber(oldest) or m.slot
   m.want, m.want_til = claim(want)
   m.big, m.big_til = claim(big)
+  m.mean = tonumber(mean)
+  m.held = tonumber(held) or 0
   if m.oldest > m.slot then begin_again(m) end
   if m.oldest < m.first then forget_old(m) end
   return m
@@ -153,7 +171,7 @@ local function wait_for_window(m, most)
   if m.need > most then return math.huge end
   local freed, slot = 0, m.oldest
   while slot < m.slot do
-    freed = freed + (tonumber(redis.call('HGET', m.key, text(slot))) or 0)
+    freed = freed + (tonumber(redis.call('HGET', m.key, slot)) or 0)
     if m.sum - freed + m.need <= most then break end
     slot = slot + 1
   end
@@ -187,7 +205,7 @@ local function stand_in_line(m, wait)
   if args.urgent or args.waited or m.per == 0 or not m.is_known then return wait end
   local at = math.max(now + wait, tonumber(redis.call('HGET', m.key, 'line')) or 0)
   if at - now <= args.patience then
-    redis.call('HSET', m.key, 'line', text(at + m.pace * m.interval))
+    redis.call('HSET', m.key, 'line', at + m.pace * m.interval)
   end
   return at - now
 end
@@ -230,13 +248,14 @@ local function charge(m, urgent, units)
 end
 
 local function put_rate(m)
-  redis.call('HSET', m.key, 'since', text(m.since), 'all', text(m.all), 'back', text(m.back),
-    'sum', text(m.sum), 'oldest', text(m.oldest))
+  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'sum', m.sum,
+    'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
 end
 
 local function take_rate(m, urgent)
+  local is_first = m.held == 0
   charge(m, urgent, m.pace)
-  local is_first = use(m, m.slot, m.need) == m.need
+  use(m, m.slot, m.need)
   put_rate(m)
   if is_first then redis.call('PEXPIRE', m.key, m.life) end
   m.left = math.max(0, math.floor(m.amount - m.sum))
@@ -246,7 +265,7 @@ end
 -- Calls at once ----------------------------------------------------------------------------------
 
 local function wait_for_slot(m, urgent, since)
-  redis.call('ZREMRANGEBYSCORE', m.key, '-inf', text(now))
+  redis.call('ZREMRANGEBYSCORE', m.key, '-inf', now)
   m.sum = redis.call('ZCARD', m.key)
   -- After a loss of Redis the leases under way come back with their renewal.
   if now - since < args.quiet then return args.quiet - (now - since) end
@@ -255,8 +274,8 @@ local function wait_for_slot(m, urgent, since)
 end
 
 local function take_slot(m, attempt)
-  redis.call('ZADD', m.key, text(now + args.lease), attempt)
-  redis.call('PEXPIRE', m.key, text(args.lease / 1000 * 2))
+  redis.call('ZADD', m.key, now + args.lease, attempt)
+  redis.call('PEXPIRE', m.key, math.ceil(args.lease / 500))
   m.left, m.reset = m.amount - m.sum - 1, 0
 end
 
@@ -265,7 +284,7 @@ end
 local function fields(first, last, names)
   local found = {}
   for _, name in ipairs(names) do
-    for slot = first, last do found[#found + 1] = name .. text(slot) end
+    for slot = first, last do found[#found + 1] = name .. slot end
   end
   return found
 end
@@ -285,9 +304,9 @@ end
 
 local function count(key, width, slots, names, name)
   local number = math.floor(now / width)
-  if redis.call('HINCRBY', key, name .. text(number), 1) == 1 then
+  if redis.call('HINCRBY', key, name .. number, 1) == 1 then
     redis.call('HDEL', key, unpack(fields(number - 2 * slots - 1, number - slots, names)))
-    redis.call('PEXPIRE', key, text(width * (slots + 1) / 1000))
+    redis.call('PEXPIRE', key, width * (slots + 1) / 1000)
   end
 end
 
@@ -298,15 +317,15 @@ local function wait_for_breaker(place)
   if state ~= 'open' and state ~= 'half_open' then return 0, false end
   if state == 'open' and now < tonumber(til) then return tonumber(til) - now, false end
   local probes = '{limits}:probes:' .. place
-  redis.call('ZREMRANGEBYSCORE', probes, '-inf', text(now))
+  redis.call('ZREMRANGEBYSCORE', probes, '-inf', now)
   if redis.call('ZCARD', probes) >= PROBES then return 500000, false end
   return 0, true, state
 end
 
 local function begin_probe(place, state, attempt)
   local probes = '{limits}:probes:' .. place
-  redis.call('ZADD', probes, text(now + args.lease), attempt)
-  redis.call('PEXPIRE', probes, text(args.lease / 1000 * 2))
+  redis.call('ZADD', probes, now + args.lease, attempt)
+  redis.call('PEXPIRE', probes, math.ceil(args.lease / 500))
   if state == 'open' then
     redis.call('HSET', '{limits}:breaker:' .. place, 'state', 'half_open')
     return 'half_open'
@@ -316,8 +335,8 @@ end
 local function open(place, cooldown)
   local key = '{limits}:breaker:' .. place
   redis.call('DEL', key)
-  redis.call('HSET', key, 'state', 'open', 'until', text(now + cooldown), 'cooldown',
-    text(cooldown))
+  redis.call('HSET', key, 'state', 'open', 'until', now + cooldown, 'cooldown',
+    cooldown)
   redis.call('PEXPIRE', key, HOUR_MS)
   redis.call('DEL', '{limits}:health:' .. place)
   return 'opened'
@@ -378,14 +397,12 @@ end
 
 local function learn(place)
   local ratio, output, slow, high = unpack(stats(place))
-  slow = string.format('%.1f', p95(tonumber(slow), args.ms, 1))
+  slow = p95(tonumber(slow), args.ms, 1)
   if (args.ratio or 0) > 0 then
-    ratio = string.format('%.5f', average(tonumber(ratio), args.ratio, 0.05))
-    high = string.format('%.5f', p95(tonumber(high), args.ratio, 1e-3))
+    ratio = average(tonumber(ratio), args.ratio, 0.05)
+    high = p95(tonumber(high), args.ratio, 1e-3)
   end
-  if (args.output or 0) > 0 then
-    output = string.format('%.2f', average(tonumber(output), args.output, 0.1))
-  end
+  if (args.output or 0) > 0 then output = average(tonumber(output), args.output, 0.1) end
   local key = '{limits}:stats:' .. place
   redis.call('HSET', key, 'ratio', ratio, 'output', output, 'p95', slow, 'high', high)
   redis.call('PEXPIRE', key, WEEK_MS)
@@ -399,10 +416,13 @@ local function refused(wait, why, index)
 end
 
 local function granted(at, found, probe, event)
+  -- Beside the JSON what each meter gave, packed: the script's own time is dear.
   local shown = {}
-  for i, m in ipairs(found) do shown[i] = { m.need, m.pace, m.left or -1, m.reset or 0 } end
-  return cjson.encode({ at = text(at), age = now - at, probe = probe, event = event,
-    meters = #shown > 0 and shown or nil, stats = args.stats and stats(args.place) or nil })
+  for i, m in ipairs(found) do
+    shown[i] = struct.pack('<dddd', m.need, m.pace, m.left or -1, m.reset or 0)
+  end
+  return { cjson.encode({ at = text(at), age = now - at, probe = probe, event = event,
+    stats = args.stats and stats(args.place) or nil }), table.concat(shown) }
 end
 
 local operations = {}
@@ -458,15 +478,14 @@ function operations.take()
     if m.per > 0 then take_rate(m, args.urgent) else take_slot(m, args.attempt) end
   end
   count(tries, TRIES_SLOT, TRIES_SLOTS, TRIES, args.again and 'x' or 'c')
-  redis.call('SET', marker, text(now), 'PX', args.life)
+  redis.call('SET', marker, now, 'PX', args.life)
   return granted(now, found, probe, probe and begin_probe(args.place, state, args.attempt) or nil)
 end
 
 local function wait_to_move(m, at, since)
   -- What is in the window still only moves within it.
   if m.per == 0 then return 0 end
-  read_rate(m, since)
-  m.was = math.floor(at / m.width)
+  read_rate(m, since, at)
   if m.was >= m.first or m.is_lost then return 0 end
   return wait_for_window(m, math.max(m.amount, m.need))
 end
@@ -494,16 +513,15 @@ function operations.move()
   for _, m in ipairs(found) do
     if m.per > 0 then move_rate(m) end
   end
-  redis.call('SET', marker, text(now), 'PX', args.life)
+  redis.call('SET', marker, now, 'PX', args.life)
   return cjson.encode({ at = text(now) })
 end
 
 local function tighten(m)
   -- The vendor allows less, or counts more than we do: others use the account.
-  local limit, left = m.told[1], m.told[2]
-  if limit <= m.limit then
-    redis.call('HSET', m.key, 'cap', text(limit))
-    local more = limit - left - m.sum
+  if m.told_limit <= m.limit then
+    redis.call('HSET', m.key, 'cap', m.told_limit)
+    local more = m.told_limit - m.told_left - m.sum
     if more > 0 then
       use(m, m.slot, more)
       redis.call('PEXPIRE', m.key, m.life)
@@ -514,21 +532,18 @@ local function tighten(m)
 end
 
 local function settle_rate(m, at, since)
-  if m.used == m.need and m.used == m.pace and not m.told then return end
-  read_rate(m, since)
+  local is_told = m.told_limit >= 0
+  if m.used == m.need and m.used == m.pace and not is_told then return end
+  read_rate(m, since, at)
   if not m.is_known or m.is_lost then return end
   -- Into the slot of the call's start: the window shows what was used when.
-  local slot = math.floor(at / m.width)
-  if slot >= m.first then
-    if m.used ~= m.need then use(m, slot, m.used - m.need) end
+  if m.was >= m.first then
+    use(m, m.was, m.used - m.need)
     charge(m, args.urgent, m.used - m.pace)
   end
-  if m.told then tighten(m) end
+  if is_told then tighten(m) end
+  if m.used > 0 then m.mean = average(m.mean, m.used, 0.1) end
   put_rate(m)
-  if m.used > 0 then
-    local mean = average(tonumber(redis.call('HGET', m.key, 'mean')), m.used, 0.1)
-    redis.call('HSET', m.key, 'mean', string.format('%.3f', mean))
-  end
 end
 
 function operations.settle()
@@ -546,7 +561,7 @@ function operations.settle()
   if args.gate > 0 then
     local gate = '{limits}:gate:' .. place
     if now + args.gate > tonumber(redis.call('GET', gate) or 0) then
-      redis.call('SET', gate, text(now + args.gate), 'PX', text(args.gate / 1000 + 1))
+      redis.call('SET', gate, now + args.gate, 'PX', math.ceil(args.gate / 1000))
     end
   end
   if args.error then
@@ -563,11 +578,11 @@ function operations.renew()
   local since = epoch(redis.call('GET', '{limits}:epoch'))
   for i, attempt in ipairs(args.attempts) do
     if now - since < args.quiet then
-      redis.call('ZADD', KEYS[i], text(now + args.lease), attempt)
+      redis.call('ZADD', KEYS[i], now + args.lease, attempt)
     else
-      redis.call('ZADD', KEYS[i], 'XX', text(now + args.lease), attempt)
+      redis.call('ZADD', KEYS[i], 'XX', now + args.lease, attempt)
     end
-    redis.call('PEXPIRE', KEYS[i], text(args.lease / 1000 * 2))
+    redis.call('PEXPIRE', KEYS[i], math.ceil(args.lease / 500))
   end
   return '{}'
 end
@@ -579,7 +594,7 @@ function operations.seed()
   read_rate(m, since)
   if not m.is_lost then return '{}' end
   redis.call('DEL', m.key)
-  m.sum, m.oldest = 0, m.slot
+  m.sum, m.held, m.oldest = 0, 0, m.slot
   m.all = math.max(since + m.burst * m.interval, now)
   m.back = m.all
   for _, found in ipairs(args.used) do
@@ -598,27 +613,27 @@ local function freed_within(m, horizon)
   if last > m.slot then return m.sum end
   local freed = 0
   for slot = m.oldest, last - 1 do
-    freed = freed + (tonumber(redis.call('HGET', m.key, text(slot))) or 0)
+    freed = freed + (tonumber(redis.call('HGET', m.key, slot)) or 0)
   end
   return freed
 end
 
 local function room_of(m, since)
-  -- What may be used within the horizon, what is used now, and what a call uses.
+  -- What may be used within the horizon, what is used now, and what a call uses. Nothing is kept
+  -- back from who waits.
+  if args.urgent then m.keep = 0 end
   if m.per == 0 then
-    redis.call('ZREMRANGEBYSCORE', m.key, '-inf', text(now))
+    redis.call('ZREMRANGEBYSCORE', m.key, '-inf', now)
     local used = redis.call('ZCARD', m.key)
     return { m.amount - m.keep - used, used, 1, m.amount }
   end
   read_rate(m, since)
   local free = left_to(false, m) - m.sum + freed_within(m, args.horizon)
   if m.burst < m.amount then
-    -- Nothing is kept back from who waits.
     local level = ((m.keep == 0 and m.all or m.back) - now) / m.interval
     free = math.min(free, m.burst - m.keep - level + args.horizon / m.interval)
   end
-  local mean = tonumber(redis.call('HGET', m.key, 'mean'))
-  return { free, m.sum, mean or -1, m.amount }
+  return { free, m.sum, m.mean or -1, m.amount }
 end
 
 function operations.room()

@@ -19,7 +19,7 @@ from llmtasks.guards.estimates import Need, Used, need_of, stats_of
 from llmtasks.guards.leases import Leases, times
 from llmtasks.guards.meters import Away
 from llmtasks.guards.rooms import rooms
-from llmtasks.guards.rules import Rule
+from llmtasks.guards.rules import UNTOLD, Rule
 
 __all__ = [
     "Grant",
@@ -189,7 +189,8 @@ def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
     for meter, (need, pace, left, reset_us) in zip(
         grant.meters, answer.get("meters", ()), strict=False
     ):
-        meter.need, meter.pace, meter.left, meter.reset_s = need, pace, left, reset_us / 1e6
+        meter.need, meter.pace, meter.left = int(need), int(pace), int(left)
+        meter.reset_s = reset_us / 1e6
     # An answer that was lost had let it through before.
     put_fresh(grant, began - answer["age"] / 1e6)
     if stats := answer.get("stats"):
@@ -287,15 +288,14 @@ def settle(
         breaker.record(grant.provider, grant.model, event, error)
 
 
-def settled(grant: Grant, meter: Meter, used: Used, told: Sequence[Told]) -> dict[str, Any]:
+def settled(grant: Grant, meter: Meter, used: Used, told: Sequence[Told]) -> bytes:
     rule = meter.rule
-    wire = rule.wire(meter.need, meter.pace)
-    wire["used"] = used.of(rule.unit, meter.need, grant.need)
+    limit = UNTOLD
     if rule.is_told:
         for said in told:
             if said.unit == rule.unit:
-                wire["told"] = [said.limit, said.left]
-    return wire
+                limit = said.limit, said.left
+    return rule.wire(meter.need, meter.pace, used.of(rule.unit, meter.need, grant.need), limit)
 
 
 leases = Leases()

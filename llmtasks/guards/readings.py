@@ -68,7 +68,7 @@ def uses(rules: Sequence[Rule]) -> list[Use]:
     found: dict[int, Use] = {}
     for some in parted(asked):
         keys = [rule.meter(who or NOBODY, who) for rule, who in some]
-        wires = [rule.wire(0, 0) for rule, _ in some]
+        wires = [rule.wire() for rule, _ in some]
         rooms = ask(keys, wires, ())["rooms"]
         for (rule, who), (_, used, _, amount) in zip(some, rooms, strict=True):
             use = Use(rule, max(0, int(used)), int(amount), who)
@@ -92,7 +92,7 @@ def reading(breaker: str, open_us: float, gate_us: float, *learnt: str) -> Readi
     return Reading(breaker, open_us / 1e6, gate_us / 1e6, *known)
 
 
-def ask(keys: Sequence[str], wires: Sequence[Any], places: Sequence[str]) -> dict[str, Any]:
+def ask(keys: Sequence[str], wires: Sequence[bytes], places: Sequence[str]) -> dict[str, Any]:
     arguments = {
         "meters": wires,
         "places": places,

@@ -26,7 +26,7 @@ def rooms(
         "room",
         [key for _, key, _ in asked],
         {
-            "meters": [rule.wire(0, 0) for _, _, rule in asked],
+            "meters": [rule.wire() for _, _, rule in asked],
             "places": [f"{provider}/{model}" for provider, model in models],
             "horizon": int(horizon_s * 1e6),
         },

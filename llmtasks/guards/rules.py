@@ -6,10 +6,11 @@ all of them, or one for each tenant or key.
 
 import logging
 import math
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 from uuid import UUID
 
 from django.conf import settings
@@ -31,11 +32,15 @@ LEAST_BURST = 10
 # Callers whose rules are remembered. Beyond that all are forgotten, and looked up again.
 MAX_CALLERS = 10_000
 
+# A meter, as the script unpacks it.
+WIRE = struct.Struct("<12d")
+UNTOLD = (-1, -1)
+
 # (provider, the vendor's model, tenant, key)
 Caller = tuple[str, str, UUID, UUID | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """A limit, as the script wants it. Selectors that are empty or None match every call."""
 
@@ -54,8 +59,6 @@ class Rule:
     is_told: bool = False
     # When it was made: what was used before, no meter counted.
     made_us: int = 0
-    # What the script is told of it for every call.
-    told_always: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_own(self) -> bool:
@@ -63,7 +66,7 @@ class Rule:
         share tells of the others."""
         return not self.provider and bool(self.tenant_id or self.key_id or self.each)
 
-    @property
+    @cached_property
     def per_us(self) -> int:
         return WINDOWS[self.window] * 1_000_000 if self.window else 0
 
@@ -72,7 +75,7 @@ class Rule:
         """Whether Postgres is asked what was used of a window that no meter knows."""
         return self.window not in ("", Limit.Window.SECOND)
 
-    @property
+    @cached_property
     def slack_us(self) -> int:
         """How much later than it was let through a call may reach the vendor."""
         width = -(-self.per_us // SLOTS)
@@ -92,20 +95,20 @@ class Rule:
         who = {"": "", Limit.Each.TENANT: f":{tenant_id}", Limit.Each.KEY: f":{key_id}"}[self.each]
         return f"{{limits}}:meter:{self.id}{who}"
 
-    def wire(self, need: int, pace: int) -> dict[str, Any]:
-        """What the script is told of it: the call reserves `need` and is expected to use `pace`."""
-        if not self.told_always:
-            width = -(-self.per_us // SLOTS)
-            self.told_always.update(
-                amount=self.amount,
-                burst=self.burst,
-                keep=self.keep,
-                per=self.per_us,
-                slack=self.slack_us // width if width else 0,
-                seeds=self.seeds,
-                made=self.made_us if self.seeds else 0,
-            )
-        return {"need": need, "pace": pace, **self.told_always}
+    def wire(
+        self, need: int = 0, pace: int = 0, used: int = 0, told: tuple[int, int] = UNTOLD
+    ) -> bytes:
+        """What the script is told of it: the call reserves `need`, is expected to use `pace`, has
+        `used`. `told` is the vendor's limit, and what is left of it."""
+        return WIRE.pack(need, pace, used, *told, *self.terms)
+
+    @cached_property
+    def terms(self) -> tuple[float, ...]:
+        """What the script is told of it whatever the call."""
+        width = -(-self.per_us // SLOTS)
+        slack = self.slack_us // width if width else 0
+        made_us = self.made_us if self.seeds else 0
+        return self.amount, self.burst, self.keep, self.per_us, slack, self.seeds, made_us
 
     @property
     def keep(self) -> float:
