@@ -37,8 +37,8 @@
 -- settled or used in bursts. `docs/decisions/0015-two-meters-for-a-rate.md` says why.
 --
 -- ARGV: the operation, its arguments as JSON, the meters as `Rule.wire` packs them, and anything
--- where the server did not know this script: then it was started since the last call, or is another,
--- and what it holds may be old.
+-- where the server did not know this script: then it was started since the last call, or is
+-- another, and what it holds may be old.
 
 local SLOTS = 120
 local BREAKER_SLOT, BREAKER_SLOTS, BREAKER_LEAST = 5e6, 6, 20
@@ -67,12 +67,14 @@ local function epoch(known)
   return since
 end
 
--- Rates ------------------------------------------------------------------------------------------
+-- The operations stand in order of how often they are asked for, each after what it needs: what
+-- comes after the one that was asked for is never built, which would cost more than the commands.
 
--- m: need (reserved), pace (expected), used, told_limit and told_left (what the vendor's headers
---    said, or -1), amount, burst, keep (what background work leaves), per (the window, us; 0 for
---    calls at once), slack (slots), seeds (Postgres knows what was used), made (when the limit was
---    made, us)
+-- A rate's meter ----------------------------------------------------------------------------------
+
+-- m: need (reserved), pace (expected), used, told_limit and told_left (as the vendor's headers say,
+--    or -1), amount, burst, keep (what background work leaves), per (the window, us; 0 for calls at
+--    once), slack (slots), seeds (Postgres knows what was used), made (when the limit was, us)
 local WIRE, WIRE_BYTES = '<dddddddddddd', 96
 
 local function meters()
@@ -89,11 +91,8 @@ end
 
 local function use(m, slot, units)
   -- What goes into the slot that was read is written with the rest, by put_rate.
-  if slot == m.into then
-    m.held = m.held + units
-  else
-    redis.call('HINCRBY', m.key, slot, units)
-  end
+  if slot == m.into then m.held = m.held + units
+  else redis.call('HINCRBY', m.key, slot, units) end
   m.sum = m.sum + units
   m.oldest = math.min(m.oldest, slot)
 end
@@ -128,13 +127,12 @@ local function claim(value)
 end
 
 local function read_rate(m, since, at)
-  -- `at` is when the call was let through.
   m.width = math.ceil(m.per / SLOTS)
   m.slot = math.floor(now / m.width)
   m.first = m.slot - SLOTS - m.slack
   m.life = (SLOTS + m.slack + 2) * math.ceil(m.width / 1000)
   m.was = at and math.floor(at / m.width) or m.slot
-  -- The slot that the call counts in.
+  -- The slot that the call counts in: that of when it was let through, unless it is over.
   m.into = m.was >= m.first and m.was or m.slot
   local began, all, back, sum, oldest, cap, want, big, mean, held = unpack(redis.call('HMGET',
     m.key, 'since', 'all', 'back', 'sum', 'oldest', 'cap', 'want', 'big', 'mean', m.into))
@@ -164,6 +162,185 @@ local function read_rate(m, since, at)
   if m.oldest < m.first then forget_old(m) end
   return m
 end
+
+local function charge(m, urgent, units)
+  -- Background work never fills the bucket so far that the reserve is gone.
+  m.back = m.back + units * m.interval
+  if urgent then
+    m.all = m.all + units * m.interval
+  else
+    m.all = math.max(m.all, math.min(m.all + units * m.interval,
+      now + (m.burst - m.keep) * m.interval))
+  end
+end
+
+local function put_rate(m)
+  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'sum', m.sum,
+    'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
+end
+
+-- Counts of the last slots of time: the retry budget's and the breaker's --------------------------
+
+local function fields(first, last, names)
+  local found = {}
+  for _, name in ipairs(names) do
+    for slot = first, last do found[#found + 1] = name .. slot end
+  end
+  return found
+end
+
+local function recent(key, width, slots, names)
+  local number = math.floor(now / width)
+  local counts = redis.call('HMGET', key, unpack(fields(number - slots + 1, number, names)))
+  local totals = {}
+  for i = 1, #names do
+    totals[i] = 0
+    for slot = 1, slots do
+      totals[i] = totals[i] + (tonumber(counts[(i - 1) * slots + slot]) or 0)
+    end
+  end
+  return unpack(totals)
+end
+
+local function count(key, width, slots, names, name)
+  local number = math.floor(now / width)
+  if redis.call('HINCRBY', key, name .. number, 1) == 1 then
+    redis.call('HDEL', key, unpack(fields(number - 2 * slots - 1, number - slots, names)))
+    redis.call('PEXPIRE', key, width * (slots + 1) / 1000)
+  end
+end
+
+-- What is learnt of a model -----------------------------------------------------------------------
+
+local function stats(place)
+  local found = redis.call('HMGET', '{limits}:stats:' .. place, 'ratio', 'output', 'p95', 'high')
+  for i = 1, 4 do found[i] = found[i] or '' end
+  return found
+end
+
+local function average(known, value, share)
+  return known and known + share * (value - known) or value
+end
+
+local function p95(known, value, least)
+  -- A step up for each larger value, a nineteenth of it down for each smaller one.
+  if not known then return value end
+  local step = 0.05 * math.max(known, least)
+  return value > known and known + 0.95 * step or known - 0.05 * step
+end
+
+local function learn(place)
+  local ratio, output, slow, high = unpack(stats(place))
+  slow = p95(tonumber(slow), args.ms, 1)
+  if (args.ratio or 0) > 0 then
+    ratio = average(tonumber(ratio), args.ratio, 0.05)
+    high = p95(tonumber(high), args.ratio, 1e-3)
+  end
+  if (args.output or 0) > 0 then output = average(tonumber(output), args.output, 0.1) end
+  local key = '{limits}:stats:' .. place
+  redis.call('HSET', key, 'ratio', ratio, 'output', output, 'p95', slow, 'high', high)
+  redis.call('PEXPIRE', key, WEEK_MS)
+  return { ratio, output, slow, high }
+end
+
+-- After a call ------------------------------------------------------------------------------------
+
+local function open(place, cooldown)
+  local key = '{limits}:breaker:' .. place
+  redis.call('DEL', key, '{limits}:health:' .. place)
+  redis.call('HSET', key, 'state', 'open', 'until', now + cooldown, 'cooldown', cooldown)
+  redis.call('PEXPIRE', key, HOUR_MS)
+  return 'opened'
+end
+
+local function settle_probe(place, is_fault)
+  local key, probes = '{limits}:breaker:' .. place, '{limits}:probes:' .. place
+  local cooldown, passed = unpack(redis.call('HMGET', key, 'cooldown', 'passed'))
+  if is_fault then
+    redis.call('DEL', probes)
+    return open(place, math.min(2 * (tonumber(cooldown) or COOLDOWN), COOLDOWN_MOST))
+  end
+  if (tonumber(passed) or 0) + 1 >= PROBES_TO_CLOSE then
+    redis.call('DEL', key, probes, '{limits}:health:' .. place)
+    return 'closed'
+  end
+  redis.call('HINCRBY', key, 'passed', 1)
+end
+
+local function tell_breaker(place, health, attempt)
+  local state = redis.call('HGET', '{limits}:breaker:' .. place, 'state')
+  if state then
+    local was_probe = redis.call('ZREM', '{limits}:probes:' .. place, attempt) == 1
+    if state == 'half_open' and was_probe and health ~= '' then
+      return settle_probe(place, health == 'fault')
+    end
+    return nil
+  end
+  if health == '' then return nil end
+  local key = '{limits}:health:' .. place
+  count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'c')
+  if health == 'fault' then
+    count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'f')
+    local calls, faults = recent(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH)
+    if calls >= BREAKER_LEAST and faults * 2 >= calls then return open(place, COOLDOWN) end
+  end
+end
+
+local function tighten(m)
+  -- The vendor allows less, or counts more than we do: others use the account.
+  if m.told_limit <= m.limit then
+    redis.call('HSET', m.key, 'cap', m.told_limit)
+    local more = m.told_limit - m.told_left - m.sum
+    if more > 0 then
+      use(m, m.slot, more)
+      redis.call('PEXPIRE', m.key, m.life)
+    end
+  elseif m.cap then
+    redis.call('HDEL', m.key, 'cap')
+  end
+end
+
+local function settle_rate(m, at, since)
+  local is_told = m.told_limit >= 0
+  if m.used == m.need and m.used == m.pace and not is_told then return end
+  read_rate(m, since, at)
+  if not m.is_known or m.is_lost then return end
+  -- Into the slot of the call's start: the window shows what was used when.
+  if m.was >= m.first then
+    use(m, m.was, m.used - m.need)
+    charge(m, args.urgent, m.used - m.pace)
+  end
+  if is_told then tighten(m) end
+  if m.used > 0 then m.mean = average(m.mean, m.used, 0.1) end
+  put_rate(m)
+end
+
+local function settle()
+  if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return '{}' end
+  local at, since = tonumber(args.at), epoch(redis.call('GET', '{limits}:epoch'))
+  for _, m in ipairs(meters()) do
+    if m.per > 0 then settle_rate(m, at, since) else redis.call('ZREM', m.key, args.attempt) end
+  end
+  local place = args.place
+  local event = tell_breaker(place, args.health, args.attempt)
+  if args.gate > 0 then
+    local gate = '{limits}:gate:' .. place
+    if now + args.gate > tonumber(redis.call('GET', gate) or 0) then
+      redis.call('SET', gate, now + args.gate, 'PX', math.ceil(args.gate / 1000))
+    end
+  end
+  if args.error then
+    redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1)
+    if args.retried then
+      redis.call('HINCRBY', '{limits}:retries', place .. ' ' .. args.error, 1)
+    end
+  end
+  return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
+end
+
+if ARGV[1] == 'settle' then return settle() end
+
+-- Before a call -----------------------------------------------------------------------------------
 
 local function wait_for_window(m, most)
   -- Until so much fell out of the window that the need fits.
@@ -204,9 +381,7 @@ local function stand_in_line(m, wait)
   -- once is told the truth, as who is urgent.
   if args.urgent or args.waited or m.per == 0 or not m.is_known then return wait end
   local at = math.max(now + wait, tonumber(redis.call('HGET', m.key, 'line')) or 0)
-  if at - now <= args.patience then
-    redis.call('HSET', m.key, 'line', at + m.pace * m.interval)
-  end
+  if at - now <= args.patience then redis.call('HSET', m.key, 'line', at + m.pace * m.interval) end
   return at - now
 end
 
@@ -236,22 +411,6 @@ local function wait_for_rate(m, urgent)
   return wait
 end
 
-local function charge(m, urgent, units)
-  -- Background work never fills the bucket so far that the reserve is gone.
-  m.back = m.back + units * m.interval
-  if urgent then
-    m.all = m.all + units * m.interval
-  else
-    m.all = math.max(m.all, math.min(m.all + units * m.interval,
-      now + (m.burst - m.keep) * m.interval))
-  end
-end
-
-local function put_rate(m)
-  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'sum', m.sum,
-    'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
-end
-
 local function take_rate(m, urgent)
   local is_first = m.held == 0
   charge(m, urgent, m.pace)
@@ -261,8 +420,6 @@ local function take_rate(m, urgent)
   m.left = math.max(0, math.floor(m.amount - m.sum))
   m.reset = m.back - now
 end
-
--- Calls at once ----------------------------------------------------------------------------------
 
 local function wait_for_slot(m, urgent, since)
   redis.call('ZREMRANGEBYSCORE', m.key, '-inf', now)
@@ -278,39 +435,6 @@ local function take_slot(m, attempt)
   redis.call('PEXPIRE', m.key, math.ceil(args.lease / 500))
   m.left, m.reset = m.amount - m.sum - 1, 0
 end
-
--- Counts of the last slots of time: the retry budget's and the breaker's -------------------------
-
-local function fields(first, last, names)
-  local found = {}
-  for _, name in ipairs(names) do
-    for slot = first, last do found[#found + 1] = name .. slot end
-  end
-  return found
-end
-
-local function recent(key, width, slots, names)
-  local number = math.floor(now / width)
-  local counts = redis.call('HMGET', key, unpack(fields(number - slots + 1, number, names)))
-  local totals = {}
-  for i = 1, #names do
-    totals[i] = 0
-    for slot = 1, slots do
-      totals[i] = totals[i] + (tonumber(counts[(i - 1) * slots + slot]) or 0)
-    end
-  end
-  return unpack(totals)
-end
-
-local function count(key, width, slots, names, name)
-  local number = math.floor(now / width)
-  if redis.call('HINCRBY', key, name .. number, 1) == 1 then
-    redis.call('HDEL', key, unpack(fields(number - 2 * slots - 1, number - slots, names)))
-    redis.call('PEXPIRE', key, width * (slots + 1) / 1000)
-  end
-end
-
--- The breaker ------------------------------------------------------------------------------------
 
 local function wait_for_breaker(place)
   local state, til = unpack(redis.call('HMGET', '{limits}:breaker:' .. place, 'state', 'until'))
@@ -332,91 +456,12 @@ local function begin_probe(place, state, attempt)
   end
 end
 
-local function open(place, cooldown)
-  local key = '{limits}:breaker:' .. place
-  redis.call('DEL', key)
-  redis.call('HSET', key, 'state', 'open', 'until', now + cooldown, 'cooldown',
-    cooldown)
-  redis.call('PEXPIRE', key, HOUR_MS)
-  redis.call('DEL', '{limits}:health:' .. place)
-  return 'opened'
-end
-
-local function settle_probe(place, is_fault)
-  local key, probes = '{limits}:breaker:' .. place, '{limits}:probes:' .. place
-  local cooldown, passed = unpack(redis.call('HMGET', key, 'cooldown', 'passed'))
-  if is_fault then
-    redis.call('DEL', probes)
-    return open(place, math.min(2 * (tonumber(cooldown) or COOLDOWN), COOLDOWN_MOST))
-  end
-  if (tonumber(passed) or 0) + 1 >= PROBES_TO_CLOSE then
-    redis.call('DEL', key, probes)
-    redis.call('DEL', '{limits}:health:' .. place)
-    return 'closed'
-  end
-  redis.call('HINCRBY', key, 'passed', 1)
-end
-
-local function tell_breaker(place, health, attempt)
-  local state = redis.call('HGET', '{limits}:breaker:' .. place, 'state')
-  if state then
-    local was_probe = redis.call('ZREM', '{limits}:probes:' .. place, attempt) == 1
-    if state == 'half_open' and was_probe and health ~= '' then
-      return settle_probe(place, health == 'fault')
-    end
-    return nil
-  end
-  if health == '' then return nil end
-  local key = '{limits}:health:' .. place
-  count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'c')
-  if health == 'fault' then
-    count(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH, 'f')
-    local calls, faults = recent(key, BREAKER_SLOT, BREAKER_SLOTS, HEALTH)
-    if calls >= BREAKER_LEAST and faults * 2 >= calls then return open(place, COOLDOWN) end
-  end
-end
-
--- What is learnt of a model ----------------------------------------------------------------------
-
-local function average(known, value, share)
-  return known and known + share * (value - known) or value
-end
-
-local function p95(known, value, least)
-  -- A step up for each larger value, a nineteenth of it down for each smaller one.
-  if not known then return value end
-  local step = 0.05 * math.max(known, least)
-  return value > known and known + 0.95 * step or known - 0.05 * step
-end
-
-local function stats(place)
-  local found = redis.call('HMGET', '{limits}:stats:' .. place, 'ratio', 'output', 'p95', 'high')
-  for i = 1, 4 do found[i] = found[i] or '' end
-  return found
-end
-
-local function learn(place)
-  local ratio, output, slow, high = unpack(stats(place))
-  slow = p95(tonumber(slow), args.ms, 1)
-  if (args.ratio or 0) > 0 then
-    ratio = average(tonumber(ratio), args.ratio, 0.05)
-    high = p95(tonumber(high), args.ratio, 1e-3)
-  end
-  if (args.output or 0) > 0 then output = average(tonumber(output), args.output, 0.1) end
-  local key = '{limits}:stats:' .. place
-  redis.call('HSET', key, 'ratio', ratio, 'output', output, 'p95', slow, 'high', high)
-  redis.call('PEXPIRE', key, WEEK_MS)
-  return { ratio, output, slow, high }
-end
-
--- Operations -------------------------------------------------------------------------------------
-
 local function refused(wait, why, index)
   return cjson.encode({ wait = math.ceil(wait), why = why, index = index })
 end
 
 local function granted(at, found, probe, event)
-  -- Beside the JSON what each meter gave, packed: the script's own time is dear.
+  -- Beside the JSON what each meter gave, packed.
   local shown = {}
   for i, m in ipairs(found) do
     shown[i] = struct.pack('<dddd', m.need, m.pace, m.left or -1, m.reset or 0)
@@ -424,8 +469,6 @@ local function granted(at, found, probe, event)
   return { cjson.encode({ at = text(at), age = now - at, probe = probe, event = event,
     stats = args.stats and stats(args.place) or nil }), table.concat(shown) }
 end
-
-local operations = {}
 
 local function wait_for_meters(found, since)
   -- The longest wait and whose it is; or the meter that must be told what was used.
@@ -451,7 +494,7 @@ local function wait_for_meters(found, since)
   return worst, index
 end
 
-function operations.take()
+local function take()
   local marker = '{limits}:taken:' .. args.attempt
   local taken, gate, known = unpack(redis.call('MGET', marker, '{limits}:gate:' .. args.place,
     '{limits}:epoch'))
@@ -481,6 +524,12 @@ function operations.take()
   redis.call('SET', marker, now, 'PX', args.life)
   return granted(now, found, probe, probe and begin_probe(args.place, state, args.attempt) or nil)
 end
+
+if ARGV[1] == 'take' then return take() end
+
+-- Now and then ------------------------------------------------------------------------------------
+
+local operations = {}
 
 local function wait_to_move(m, at, since)
   -- What is in the window still only moves within it.
@@ -515,62 +564,6 @@ function operations.move()
   end
   redis.call('SET', marker, now, 'PX', args.life)
   return cjson.encode({ at = text(now) })
-end
-
-local function tighten(m)
-  -- The vendor allows less, or counts more than we do: others use the account.
-  if m.told_limit <= m.limit then
-    redis.call('HSET', m.key, 'cap', m.told_limit)
-    local more = m.told_limit - m.told_left - m.sum
-    if more > 0 then
-      use(m, m.slot, more)
-      redis.call('PEXPIRE', m.key, m.life)
-    end
-  elseif m.cap then
-    redis.call('HDEL', m.key, 'cap')
-  end
-end
-
-local function settle_rate(m, at, since)
-  local is_told = m.told_limit >= 0
-  if m.used == m.need and m.used == m.pace and not is_told then return end
-  read_rate(m, since, at)
-  if not m.is_known or m.is_lost then return end
-  -- Into the slot of the call's start: the window shows what was used when.
-  if m.was >= m.first then
-    use(m, m.was, m.used - m.need)
-    charge(m, args.urgent, m.used - m.pace)
-  end
-  if is_told then tighten(m) end
-  if m.used > 0 then m.mean = average(m.mean, m.used, 0.1) end
-  put_rate(m)
-end
-
-function operations.settle()
-  if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return '{}' end
-  local at, since = tonumber(args.at), epoch(redis.call('GET', '{limits}:epoch'))
-  for _, m in ipairs(meters()) do
-    if m.per > 0 then
-      settle_rate(m, at, since)
-    else
-      redis.call('ZREM', m.key, args.attempt)
-    end
-  end
-  local place = args.place
-  local event = tell_breaker(place, args.health, args.attempt)
-  if args.gate > 0 then
-    local gate = '{limits}:gate:' .. place
-    if now + args.gate > tonumber(redis.call('GET', gate) or 0) then
-      redis.call('SET', gate, now + args.gate, 'PX', math.ceil(args.gate / 1000))
-    end
-  end
-  if args.error then
-    redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1)
-    if args.retried then
-      redis.call('HINCRBY', '{limits}:retries', place .. ' ' .. args.error, 1)
-    end
-  end
-  return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
 end
 
 function operations.renew()
