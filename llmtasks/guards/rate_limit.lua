@@ -19,7 +19,7 @@
 --                                            mean    what a call uses (moving average)
 --                                            <n>     used in the n-th 120th of the window
 --                                    zset    calls at once: attempt -> its lease's end  leases
--- {limits}:seeding:<limit>[:<who>]   string  somebody reads in Postgres what was used   seconds
+-- {limits}:seeding:<limit>[:<who>]   string  the attempt that reads Postgres for it         seconds
 -- {limits}:gate:<place>              string  closed until (us)                          until then
 -- {limits}:breaker:<place>           hash    state, until, cooldown, passed             an hour
 -- {limits}:health:<place>            hash    c<n> calls, f<n> faults of the n-th 5 s    a minute
@@ -46,7 +46,7 @@ local COOLDOWN, COOLDOWN_MOST = 10e6, 120e6
 local HEALTH, TRIES = { 'c', 'f' }, { 'c', 'x' }
 local PROBES, PROBES_TO_CLOSE = 3, 2
 local TRIES_SLOT, TRIES_SLOTS, TRIES_LEAST, TRIES_SHARE = 10e6, 6, 10, 0.2
-local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 30000
+local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 10000
 -- So long two processes that see the same restart may be apart.
 local RESTART = 5e6
 -- What is left for a waiting call is left until it can have asked again.
@@ -478,10 +478,10 @@ local function wait_for_meters(found, since)
     if m.per > 0 then
       read_rate(m, since)
       if m.is_lost and m.seeds then
-        if redis.call('SET', m.key:gsub(':meter:', ':seeding:', 1), '1', 'NX', 'PX',
-            SEEDING_MS) then
-          return 0, nil, i
-        end
+        local reader = redis.call('SET', (m.key:gsub(':meter:', ':seeding:', 1)), args.attempt,
+          'NX', 'GET', 'PX', SEEDING_MS)
+        -- Again to the one whose answer was lost; to another after one that died.
+        if not reader or reader == args.attempt then return 0, nil, i end
         wait = 50000
       else
         wait = wait_for_rate(m, args.urgent)
