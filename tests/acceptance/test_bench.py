@@ -101,3 +101,19 @@ def test_the_limiter_is_measured_with_and_without_limits(tmp_path: Path) -> None
     assert [cell["limits"] for cell in cells] == [0, 6]  # type: ignore[attr-defined]
     for cell in cells:  # type: ignore[attr-defined]
         assert min(cell.values()) >= 0 < cell["whole_p50_ms"] <= cell["whole_p99_ms"]
+
+
+def test_agents_and_workflows_are_measured(tmp_path: Path) -> None:
+    found = run_quickly(tmp_path, "agents")["agents"]
+    assert isinstance(found, dict)
+    assert set(found) == {"loop", "fan_out", "blocked", "rounds", "aims"}
+    assert set(found["loop"]) == {
+        "turn_ms", "chat_ms", "postgres_ms", "four_tools_p50_ms", "four_tools_p99_ms",
+        "background_ms",
+    }  # fmt: skip
+    assert found["loop"]["four_tools_p50_ms"] >= 100
+    blocked, fan = found["blocked"], found["fan_out"]
+    assert (blocked["agents"], blocked["running"], blocked["slots_taken"]) == (20, 0, 0)
+    assert blocked["chat_ms"] > 0 <= blocked["woken_s"]
+    assert fan["children"] == 20 and fan["whole_ms"] > 0 < fan["plain_ms"]
+    assert set(found["aims"]) == {"turn_ms", "four_tools_p50_ms", "background_ms", "child_ms"}

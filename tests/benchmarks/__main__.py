@@ -17,6 +17,7 @@ import psycopg
 from project.stack import processes
 from project.stack.errors import Stopped
 from tests.benchmarks import (
+    agents,
     application,
     dispatch,
     inline,
@@ -63,10 +64,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("application", "dispatch", "limiter"),
+        choices=("application", "agents", "dispatch", "limiter"),
         default="application",
-        help="the whole application (default), the dispatcher on a million waiting tasks, or what"
-        " the limiter adds to a call",
+        help="the whole application (default), what agents and workflows cost beside their calls,"
+        " the dispatcher on a million waiting tasks, or what the limiter adds to a call",
     )
     parser.add_argument("--quick", action="store_true", help="see that it works: under a minute")
     parser.add_argument("--rounds", type=int, help="default: 3")
@@ -92,6 +93,8 @@ def main() -> int:
     try:
         if given.what == "dispatch":
             figures = run_dispatch(given.quick, folder)
+        elif given.what == "agents":
+            figures = run_agents(given.quick, given.rounds or plan.rounds, folder)
         elif given.what == "limiter":
             figures = run_limiter(given.rounds or plan.rounds, LIMITER_CALLS // plan.shrink)
         else:
@@ -150,6 +153,17 @@ def run_dispatch(quick: bool, folder: Path) -> dict[str, Any]:
         raise
 
 
+def run_agents(quick: bool, rounds: int, folder: Path) -> dict[str, Any]:
+    environment = agents.environment()
+    os.environ.update(environment)
+    try:
+        plan = agents.QUICK if quick else agents.FULL
+        return {"agents": agents.run(plan, rounds, folder, environment)}
+    except SystemExit:
+        keep_logs(folder)
+        raise
+
+
 def run_limiter(rounds: int, calls: int) -> dict[str, Any]:
     environment = application.environment()
     os.environ.update(environment)
@@ -200,12 +214,23 @@ def show(result: dict[str, Any]) -> None:
     if "dispatch" in result:
         show_dispatch(result["dispatch"])
         return
+    if "agents" in result:
+        show_agents(result["agents"])
+        return
     if "limiter" in result:
         say(tables.table("limiter", result["limiter"], limiter.COLUMNS))
         return
     say(f"upstream {result['upstream']}, load by {result['load']}, {result['rounds']} rounds\n")
     say(tables.table("inline", result["inline"], inline.COLUMNS))
     say(tables.table("queued, one worker", [result["queue"]], queued.COLUMNS))
+
+
+def show_agents(found: dict[str, Any]) -> None:
+    say(tables.table("agents", [found["loop"]], agents.COLUMNS))
+    say(tables.table("waiting for results", [found["blocked"]], agents.COLUMNS_OF_BLOCKED))
+    say(tables.table("fan-out", [found["fan_out"]], agents.COLUMNS_OF_FAN))
+    for name, held in found["aims"].items():
+        say(f"  {'holds ' if held else 'MISSED'}  {name} <= {agents.AIMS[name]:g}")
 
 
 def show_dispatch(found: dict[str, Any]) -> None:

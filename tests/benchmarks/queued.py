@@ -86,13 +86,7 @@ def throughput(
     """Many tasks at once for one worker, from the first POST to the last end."""
     tag = f"{name}-bulk"
     before = app.cpu_s()
-    left = count
-    while left > 0:
-        items = [task(tag, "queued")] * min(left, BULK)
-        status, answer = app.ask("POST", "/v1/tasks/bulk", {"tasks": items})
-        if status != 200 or answer["refused"]:
-            raise SystemExit(f"POST /v1/tasks/bulk answered {status}: {str(answer)[:300]}")
-        left -= len(items)
+    post_bulk(app, task(tag, "queued"), count)
     total_s, running_s = wait_for(database, tag, count)
     after = app.cpu_s()
     return {
@@ -106,6 +100,17 @@ def throughput(
         "valkey_cpu_s": per_1000(before, after, "valkey", count),
         "worker_rss_mb": app.rss_mb("worker"),
     }
+
+
+def post_bulk(app: Application, item: dict[str, Any], count: int) -> None:
+    """Queue the same so often."""
+    left = count
+    while left > 0:
+        items = [item] * min(left, BULK)
+        status, answer = app.ask("POST", "/v1/tasks/bulk", {"tasks": items})
+        if status != 200 or answer["refused"]:
+            raise SystemExit(f"POST /v1/tasks/bulk answered {status}: {str(answer)[:300]}")
+        left -= len(items)
 
 
 def task(tag: str, mode: str | None) -> dict[str, Any]:
