@@ -96,7 +96,7 @@ def usable_route(request: AnyRequest, context: Context) -> Route:
 
 def past_tries(context: Context) -> list[Try]:
     """What earlier runs of this step tried, from the ledger."""
-    if context.task.attempts == 0:
+    if context.task.attempts == 0 or context.is_new_step:
         return []
     found = Attempt.objects.filter(task_id=context.task.id, step=context.step).order_by("number")
     rows = list(found.only("provider", "model", "error_class", "number"))

@@ -38,6 +38,8 @@ class Context:
 
     task: Task
     step: int = 0
+    # Whether nobody can have tried the step before this run.
+    is_new_step: bool = False
     ends_task: bool = True
     is_turn: bool = False
     streams: bool = False

@@ -16,6 +16,18 @@ from llmtasks.stores import fetch
 
 UNDECIDED = (Step.Status.APPROVAL, Step.Status.UNKNOWN)
 
+FINISH = """
+WITH mine AS (
+    SELECT id FROM llmtasks_task
+    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+)
+UPDATE llmtasks_step s SET status = v.status, error_class = v.error, output = v.output::jsonb,
+    finished_at = clock_timestamp()
+FROM mine, unnest(%(ids)s::uuid[], %(statuses)s::text[], %(errors)s::text[], %(outputs)s::text[])
+    AS v (id, status, error, output)
+WHERE s.id = v.id AND s.task_id = mine.id RETURNING s.id
+"""
+
 # Where something is still open: else whoever ended it last would have nobody to wake.
 BLOCK = """
 UPDATE llmtasks_task t SET
@@ -134,6 +146,18 @@ def change(task: Task, step: Step, status: str, **fields: Any) -> None:
         webhooks.announce([step])
     for name, value in fields.items():
         setattr(step, name, value)
+
+
+def finish(task: Task, ended: Sequence[Step]) -> None:
+    """Write the results of calls, all or none, in one statement. Raises `Lost`."""
+    values = {
+        "task": task.id, "fence": task.fence, "ids": [step.id for step in ended],
+        "statuses": [str(step.status) for step in ended],
+        "errors": [step.error_class for step in ended],
+        "outputs": [bodies.dump(step.output).decode() for step in ended],
+    }  # fmt: skip
+    if not fetch(FINISH, values):
+        raise Lost
 
 
 def block(task: Task, children: Sequence[UUID], may_be_open: int = 0) -> None:

@@ -101,13 +101,14 @@ def stream(request: AgentRequest, context: Context) -> Generator[Event, None, Re
     task = context.task
     with pulse.watch(task.id, context.drop, context.client, task.owner_id):
         talk = resume(request, [] if task._state.adding else steps.of(task.id))
+        resumed_at = talk.next_number
         while True:
             if talk.open_calls:
                 run_calls(talk, context)
                 continue
             check_caps(talk, context)
             number = talk.next_number
-            answer = yield from ask(talk, context, number)
+            answer = yield from ask(talk, context, number, is_new=number > resumed_at)
             tell_turn(task, number, Step.Status.DONE)
             if not answer.tool_calls:
                 return answer
@@ -160,11 +161,13 @@ def check_caps(talk: Talk, context: Context) -> None:
         raise AgentStopped(f"no answer within max_cost={request.max_cost}: {task.cost} was spent")
 
 
-def ask(talk: Talk, context: Context, number: int) -> Generator[Event, None, Response]:
+def ask(
+    talk: Talk, context: Context, number: int, *, is_new: bool
+) -> Generator[Event, None, Response]:
     """One turn of the model. Its answer is step `number`, or the task's where no tool is called."""
     turn = replace(
         context, step=number, ends_task=True, is_turn=True, exchange=None, grant=None, second=None,
-        number=0, answering=0,
+        number=0, answering=0, is_new_step=is_new,
     )  # fmt: skip
     if number and turn.may_restart:
         # Watchers follow the new turn's text by itself.
@@ -210,7 +213,8 @@ def run_calls(talk: Talk, context: Context) -> None:
             take_up(talk, task, step)
         if step.status == Step.Status.OPEN:
             look_for_results(task, step)
-    run_together(talk, context, [step for step in done if is_to_run(step)])
+    if ready := [step for step in done if is_to_run(step)]:
+        run_together(talk, context, ready)
     if context.dropped:
         raise drop_error(context)
     if talk.open_calls:
@@ -329,7 +333,7 @@ def take_up(talk: Talk, task: Task, step: Step) -> None:
 
 
 def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
-    """Run critical calls at the same time; each one's result is written as it comes."""
+    """Run critical calls at the same time, and write their results."""
     by_reference = {tool.reference: tool for tool in talk.names.values()}
     task = context.task
     caller = caller_of(context)
@@ -359,11 +363,9 @@ def run_together(talk: Talk, context: Context, wanted: Sequence[Step]) -> None:
     for thread in threads:
         thread.join()
     for step in wanted:
-        result = results[step.id]
-        steps.change(
-            task, step, Step.Status.FAILED if result.is_error else Step.Status.DONE,
-            output={"content": bodies.storable(result.content)}, error_class=result.error,
-        )  # fmt: skip
+        ended(step, results[step.id])
+    steps.finish(task, wanted)
+    for step in wanted:
         steps.tell(step)
 
 
