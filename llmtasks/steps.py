@@ -16,6 +16,22 @@ from llmtasks.stores import fetch
 
 UNDECIDED = (Step.Status.APPROVAL, Step.Status.UNKNOWN)
 
+BEGIN = """
+WITH mine AS (
+    SELECT id, tenant_id FROM llmtasks_task
+    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+)
+INSERT INTO llmtasks_step (id, task_id, tenant_id, number, kind, name, call_id, status, error_class,
+    input, output, started_at, finished_at, decided_by, comment)
+SELECT v.id, mine.id, mine.tenant_id, v.number, v.kind, v.name, v.call_id, v.status, v.error,
+    v.input::jsonb, v.output::jsonb, v.started, v.finished, '', ''
+FROM mine, unnest(%(ids)s::uuid[], %(numbers)s::int[], %(kinds)s::text[], %(names)s::text[],
+    %(calls)s::text[], %(statuses)s::text[], %(errors)s::text[], %(inputs)s::text[],
+    %(outputs)s::text[], %(started)s::timestamptz[], %(finished)s::timestamptz[])
+    AS v (id, number, kind, name, call_id, status, error, input, output, started, finished)
+RETURNING id
+"""
+
 FINISH = """
 WITH mine AS (
     SELECT id FROM llmtasks_task
@@ -98,7 +114,27 @@ def begin(task: Task, rows: Sequence[Step], children: Sequence[Task] = ()) -> No
     """Write steps, and the child tasks that they become, all or none. Raises `Lost`."""
     if not rows:
         return
-    record(task, (), rows, children)
+    if children or any(step.status in UNDECIDED for step in rows):
+        record(task, (), rows, children)
+        return
+    # Of most turns: one statement.
+    values = {
+        "task": task.id, "fence": task.fence, "ids": [step.id for step in rows],
+        "numbers": [step.number for step in rows], "kinds": [str(step.kind) for step in rows],
+        "names": [step.name for step in rows], "calls": [step.call_id for step in rows],
+        "statuses": [str(step.status) for step in rows],
+        "errors": [step.error_class for step in rows],
+        "inputs": [json_of(step.input) for step in rows],
+        "outputs": [json_of(step.output) for step in rows],
+        "started": [step.started_at for step in rows],
+        "finished": [step.finished_at for step in rows],
+    }  # fmt: skip
+    if not fetch(BEGIN, values):
+        raise Lost
+
+
+def json_of(value: Any) -> str | None:
+    return None if value is None else bodies.dump(value).decode()
 
 
 # What of a workflow's step changes.
@@ -154,7 +190,7 @@ def finish(task: Task, ended: Sequence[Step]) -> None:
         "task": task.id, "fence": task.fence, "ids": [step.id for step in ended],
         "statuses": [str(step.status) for step in ended],
         "errors": [step.error_class for step in ended],
-        "outputs": [bodies.dump(step.output).decode() for step in ended],
+        "outputs": [json_of(step.output) for step in ended],
     }  # fmt: skip
     if not fetch(FINISH, values):
         raise Lost
