@@ -35,7 +35,9 @@ def tenant(account: Provider) -> Tenant:
 
 
 @pytest.fixture
-def caller(tenant: Tenant) -> Caller:
+def caller(tenant: Tenant, settings: Any) -> Caller:
+    # There is no worker: nobody waits for one.
+    settings.LLMTASKS = {**settings.LLMTASKS, "AUTO_WAIT_S": 0.0}
     return Caller(tenant)
 
 
