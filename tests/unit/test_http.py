@@ -493,6 +493,9 @@ def test_old_and_surplus_idle_connections_are_closed(monkeypatch, sandbox):
             lambda _: provider(url, api_key="k").complete(chat("slow-100"), Exchange()), range(8)
         ):
             pass  # fmt: skip
+    # Threads that look at once leave a few too many; each later call closes up to two.
+    for _ in range(4):
+        provider(url, api_key="k").complete(chat(), Exchange())
     (stack,) = [stack for stack in http._idle.values() if stack]
     assert len(stack) == 3
     # Two old ones at the bottom go when the newest comes back; the next call finds all old.
