@@ -261,10 +261,11 @@ def test_a_revoked_key_is_refused_within_a_second(cluster: Cluster):
         assert time.monotonic() < until
         time.sleep(0.05)
     cluster.rows("UPDATE llmtasks_apikey SET revoked_at = now() WHERE name = 'short-lived'")
-    began = time.monotonic()
+    began = asked = time.monotonic()
     while cluster.api.get("/v1/models", headers=headers).status_code == 200:
-        assert time.monotonic() - began < 1.2
+        assert asked - began < 1.2
         time.sleep(0.02)
+        asked = time.monotonic()
 
 
 def test_many_watchers_at_once(cluster: Cluster):

@@ -104,7 +104,7 @@ def test_respond_async_does_not_wait(caller: Caller):
     began = time.monotonic()
     answer = caller.task(headers={"Prefer": "respond-async"})
     assert (answer.status_code, answer["Preference-Applied"]) == (202, "respond-async")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_work_for_later_says_when_to_ask(caller: Caller):
