@@ -18,6 +18,7 @@ from project.stack import processes
 from project.stack.errors import Stopped
 from tests.acceptance.cluster import Cluster
 from tests.benchmarks import machine, tables
+from tests.chaos import NotRun
 
 ROOT = Path(__file__).parents[2]
 # What each proves; the modules are in this package.
@@ -76,6 +77,10 @@ def prove(name: str, is_short: bool, out: Path, number: int = 0) -> bool:
     facts = machine.facts(os.environ["DATABASE_URL"])
     try:
         found = module.run(partial(clusters, folder, number), is_short)
+    except NotRun as why:
+        say(f"{name} was NOT RUN: {why}")
+        shutil.rmtree(folder)
+        return False
     except BaseException:
         say(f"{name} broke off; logs are in {folder}")
         raise

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.acceptance.cluster import Cluster
 from tests.benchmarks.tables import percentile
+from tests.chaos import NotRun
 from tests.chaos.limits import INSERT, counted, steer
 from tests.chaos.submit import until
 from tests.chaos.traffic import Due, Traffic, chat, text
@@ -47,17 +48,15 @@ FULL = Size(0.0, 60.0, 300.0)
 SHORT = Size(13.0, 17.0, 120.0)
 
 CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "refused by the vendor's own count = 0": lambda f: (
-        is_skipped(f) or (f["refused"] == 0 and f["refusals_seen"] == 0)
-    ),
-    "no window above the limit": lambda f: (
-        is_skipped(f) or all(f["peak"][unit] <= f["limit"][unit] for unit in f["limit"])
+    "refused by the vendor's own count = 0": lambda f: f["refused"] == f["refusals_seen"] == 0,
+    "no window above the limit": lambda f: all(
+        f["peak"][unit] <= f["limit"][unit] for unit in f["limit"]
     ),
     "every call succeeded, at the first try": lambda f: (
-        is_skipped(f) or f["succeeded"] == f["calls"] == f["attempts"] > 0
+        f["succeeded"] == f["calls"] == f["attempts"] > 0
     ),
-    "tokens are those of the trace": lambda f: is_skipped(f) or f["tokens"] == f["tokens_meant"],
-    "bulk had to wait": lambda f: is_skipped(f) or f["waits"]["bulk"]["most_s"] > 1.0,
+    "tokens are those of the trace": lambda f: f["tokens"] == f["tokens_meant"],
+    "bulk had to wait": lambda f: f["waits"]["bulk"]["most_s"] > 1.0,
 }
 
 COLUMNS = {
@@ -78,13 +77,7 @@ FROM llmtasks_task t JOIN llmtasks_attempt a ON a.task_id = t.id GROUP BY t.id
 """
 
 
-def is_skipped(found: Mapping[str, Any]) -> bool:
-    return "skipped" in found
-
-
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if is_skipped(found):
-        return [{**dict.fromkeys(COLUMNS), "lane": found["skipped"]}]
     return [
         {"lane": lane, "refused": found["refused"], **waits}
         for lane, waits in found["waits"].items()
@@ -137,7 +130,7 @@ def limits(calls: list[Call]) -> dict[str, int]:
 
 def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool) -> dict[str, Any]:
     if not DATA.is_dir():
-        return {"skipped": f"no traces in {DATA.relative_to(DATA.parents[2])} beside the checkout"}
+        raise NotRun(f"no traces in {DATA.relative_to(DATA.parents[2])} beside the checkout")
     size = SHORT if is_short else FULL
     calls = read()
     held = limits(calls)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks import machine
 from tests.chaos import __main__ as chaos
-from tests.chaos import agents, audit, kills, runs, submit
+from tests.chaos import agents, audit, kills, runs, submit, traces
 from tests.chaos.bursts import Bursts, victims
 
 # status, attempts, cost, cost_state, owner, error, route, kind, each after the id
@@ -141,6 +141,18 @@ def test_a_condition_that_does_not_hold_fails(monkeypatch, tmp_path, capsys, los
     assert found["conditions"] == {"lost = 0": not lost}
     assert (found["short"], found["lost"], found["date"]) == (True, lost, "today")
     assert ("FAILED  lost = 0" in capsys.readouterr().out) is bool(lost)
+
+
+def test_a_proof_that_lacks_what_it_needs_shows_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(traces, "DATA", tmp_path / "nothing" / "is" / "here")
+    monkeypatch.setattr("sys.argv", ["chaos", "traces", "--out", str(tmp_path)])
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/x")
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr(machine, "facts", lambda url: {})
+    monkeypatch.setattr(chaos.processes, "raise_on_signals", lambda: None)
+    assert chaos.main() == 1
+    assert "traces was NOT RUN: no traces" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_proof_is_told(monkeypatch, tmp_path, capsys):
