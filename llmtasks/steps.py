@@ -23,12 +23,11 @@ WITH mine AS (
 )
 INSERT INTO llmtasks_step (id, task_id, tenant_id, number, kind, name, call_id, status, error_class,
     input, output, started_at, finished_at, decided_by, comment)
-SELECT v.id, mine.id, mine.tenant_id, v.number, v.kind, v.name, v.call_id, v.status, v.error,
-    v.input::jsonb, v.output::jsonb, v.started, v.finished, '', ''
-FROM mine, unnest(%(ids)s::uuid[], %(numbers)s::int[], %(kinds)s::text[], %(names)s::text[],
-    %(calls)s::text[], %(statuses)s::text[], %(errors)s::text[], %(inputs)s::text[],
-    %(outputs)s::text[], %(started)s::timestamptz[], %(finished)s::timestamptz[])
-    AS v (id, number, kind, name, call_id, status, error, input, output, started, finished)
+SELECT v.id, mine.id, mine.tenant_id, v.number, v.kind, v.name, v.call_id, v.status, v.error_class,
+    v.input, v.output, v.started_at, v.finished_at, '', ''
+FROM mine, jsonb_to_recordset(%(steps)s) AS v (id uuid, number int, kind text, name text,
+    call_id text, status text, error_class text, input jsonb, output jsonb,
+    started_at timestamptz, finished_at timestamptz)
 RETURNING id
 """
 
@@ -37,10 +36,10 @@ WITH mine AS (
     SELECT id FROM llmtasks_task
     WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
 )
-UPDATE llmtasks_step s SET status = v.status, error_class = v.error, output = v.output::jsonb,
+UPDATE llmtasks_step s SET status = v.status, error_class = v.error_class, output = v.output,
     finished_at = clock_timestamp()
-FROM mine, unnest(%(ids)s::uuid[], %(statuses)s::text[], %(errors)s::text[], %(outputs)s::text[])
-    AS v (id, status, error, output)
+FROM mine, jsonb_to_recordset(%(steps)s)
+    AS v (id uuid, status text, error_class text, output jsonb)
 WHERE s.id = v.id AND s.task_id = mine.id RETURNING s.id
 """
 
@@ -118,25 +117,22 @@ def begin(task: Task, rows: Sequence[Step], children: Sequence[Task] = ()) -> No
         record(task, (), rows, children)
         return
     # Of most turns: one statement.
-    values = {
-        "task": task.id, "fence": task.fence, "ids": [step.id for step in rows],
-        "numbers": [step.number for step in rows], "kinds": [str(step.kind) for step in rows],
-        "names": [step.name for step in rows], "calls": [step.call_id for step in rows],
-        "statuses": [str(step.status) for step in rows],
-        "errors": [step.error_class for step in rows],
-        "inputs": [json_of(step.input) for step in rows],
-        "outputs": [json_of(step.output) for step in rows],
-        "started": [step.started_at for step in rows],
-        "finished": [step.finished_at for step in rows],
-    }  # fmt: skip
-    if not fetch(BEGIN, values):
+    write(BEGIN, task, rows, BEGUN)
+
+
+def write(sql: str, task: Task, rows: Sequence[Step], names: Sequence[str]) -> None:
+    """One statement for some fields of all these steps. Raises `Lost`."""
+    steps = [{name: getattr(step, name) for name in names} for step in rows]
+    values = {"task": task.id, "fence": task.fence, "steps": bodies.dump(steps).decode()}
+    if not fetch(sql, values):
         raise Lost
 
 
-def json_of(value: Any) -> str | None:
-    return None if value is None else bodies.dump(value).decode()
-
-
+# What a step begins with.
+BEGUN = (
+    "id", "number", "kind", "name", "call_id", "status", "error_class", "input", "output",
+    "started_at", "finished_at",
+)  # fmt: skip
 # What of a workflow's step changes.
 CHANGED = ("status", "error_class", "output", "input", "child_id", "tries", "finished_at")
 
@@ -186,14 +182,7 @@ def change(task: Task, step: Step, status: str, **fields: Any) -> None:
 
 def finish(task: Task, ended: Sequence[Step]) -> None:
     """Write the results of calls, all or none, in one statement. Raises `Lost`."""
-    values = {
-        "task": task.id, "fence": task.fence, "ids": [step.id for step in ended],
-        "statuses": [str(step.status) for step in ended],
-        "errors": [step.error_class for step in ended],
-        "outputs": [json_of(step.output) for step in ended],
-    }  # fmt: skip
-    if not fetch(FINISH, values):
-        raise Lost
+    write(FINISH, task, ended, ("id", "status", "error_class", "output"))
 
 
 def block(task: Task, children: Sequence[UUID], may_be_open: int = 0) -> None:
