@@ -46,7 +46,8 @@ FLUSH_CHARACTERS = 1024
 SKIP_S = 1.0
 MOST_UNSENT = 20_000
 # A finished task's events are kept for those who are reading them: whoever comes later gets the
-# whole task. At 1,000 short tasks a second and 4.4 kB each that is 130 MB in Redis, not 16 GB.
+# whole task. At 1,000 short tasks a second that is 25 MB in Redis, not 3 GB (130 MB where the
+# server allocates 4 kB for each stream, docs/operations.md).
 DONE_TTL_S = 30
 BLOCK_MS = 1000
 PIECES = frozenset({"delta", "thinking", "tool_call"})

@@ -36,6 +36,8 @@ SETTINGS = {
     # Full is told to the writer; nothing that was queued is thrown away silently.
     "maxmemory": "512mb",
     "maxmemory-policy": "noeviction",
+    # A stream's first node is allocated whole: by default 4 kB for a task's few events.
+    "stream-node-max-bytes": "512",
 }
 # The tests' data is thrown away with the server.
 TEST_SETTINGS = {**SETTINGS, "appendonly": "no"}
