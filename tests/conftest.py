@@ -13,6 +13,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import django
+import hypothesis
 import pytest
 from django.conf import settings
 
@@ -36,6 +37,11 @@ if HAS_SERVICES:
         os.environ["REDIS_URL"], os.environ.get("PYTEST_XDIST_WORKER", "")
     )
 django.setup()
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 # What `collectstatic` fills; tests find static files where they are written.
 Path(settings.STATIC_ROOT).mkdir(exist_ok=True)
 

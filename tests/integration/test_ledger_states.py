@@ -382,7 +382,6 @@ def test_any_order_of_events_keeps_the_ledger_true(limited: None, monkeypatch: p
             settings=settings(
                 max_examples=30,
                 stateful_step_count=40,
-                deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )

@@ -84,7 +84,6 @@ steps = st.builds(
 )
 
 relaxed = settings(
-    deadline=None,
     max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -366,13 +366,13 @@ def accept_or_refuse(adapter: Any, raw: bytes) -> None:
         body.request()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([CHAT, EMBEDDING, TASK, BULK]), JSON)
 def test_any_json_is_fine_or_refused(adapter: Any, value: Any):
     accept_or_refuse(adapter, orjson.dumps(value))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.data())
 def test_a_good_body_with_anything_in_one_place_is_fine_or_refused(data: st.DataObject):
     adapter, body = data.draw(st.sampled_from(RICH))
@@ -380,7 +380,7 @@ def test_a_good_body_with_anything_in_one_place_is_fine_or_refused(data: st.Data
     accept_or_refuse(adapter, orjson.dumps(changed(body, path, data.draw(JSON))))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_fine_or_refused(raw: bytes):
     accept_or_refuse(CHAT, raw)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers import anthropic_answers, compatible, compatible_answers
@@ -111,9 +111,7 @@ STREAMS = {
     **dict.fromkeys(fixtures("openai/*.sse"), compatible_answers.ChatStream),
     **dict.fromkeys(fixtures("anthropic/*.sse"), anthropic_answers.MessageStream),
 }
-quiet = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+quiet = settings(max_examples=150, database=None)
 
 
 @pytest.mark.parametrize("name", READERS)
