@@ -24,6 +24,7 @@ import httpx
 from tests.acceptance.cluster import KEY, Cluster, chat, wait_for
 from tests.chaos import audit, history
 from tests.chaos.calls import insist
+from tests.chaos.submit import until
 
 LEASE_S = 6.0
 HINT_LOST_S = 3.0
@@ -69,6 +70,8 @@ WORKERS = {
 }
 WORK = "work"
 PAUSE_S = 0.3
+# How long, and how often, one is waited for to lead.
+LEAD_S, MOST_TRIES = 6.0, 5
 VICTIM, ARMED_DISPATCHER, OTHER_DISPATCHER = "worker-default-2", "dispatcher", "dispatcher-2"
 
 RUNS = """
@@ -134,8 +137,9 @@ class Armed(threading.Thread):
     def begin(self) -> None:
         self.cluster.start(self.program, LLMTASKS_CRASH=f"{self.point}:{next(self.passes)}")
 
-    def wait_for_death(self, number: int) -> None:
-        wait_for(lambda: self.deaths > number, 20, 0.02)
+    def wait_for_death(self, deaths: int) -> None:
+        """One more than those before."""
+        wait_for(lambda: self.deaths > deaths, 20, 0.02)
 
     @property
     def pid(self) -> int:
@@ -161,10 +165,11 @@ def crash_workers(cluster: Cluster, ids: Ids, times: int) -> dict[str, int]:
 def crash_dispatcher(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
     passes = (2,) if point == "dispatch.publishing" else (1,)
     with Armed(cluster, ARMED_DISPATCHER, point, passes) as armed:
-        for number in range(times):
+        for _ in range(times):
             lead(cluster, armed)
+            deaths = armed.deaths
             sent = ids.send(cluster, point)
-            armed.wait_for_death(number)
+            armed.wait_for_death(deaths)
             wait_until_final(cluster, sent)
         return armed.deaths
 
@@ -172,12 +177,13 @@ def crash_dispatcher(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
 def crash_sweep(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
     """A worker dies first, so that there is something to sweep."""
     with Armed(cluster, ARMED_DISPATCHER, point, passes=(1,)) as armed:
-        for number in range(times):
+        for _ in range(times):
             lead(cluster, armed)
+            deaths = armed.deaths
             sent = ids.send(cluster, point, ("slow-500", "claude-slow-500"))
             wait_for(lambda: cluster.rows(RUNS, [cluster.running[VICTIM].pid]), 20, 0.02)
             cluster.kill9(VICTIM)
-            armed.wait_for_death(number)
+            armed.wait_for_death(deaths)
             cluster.start(VICTIM)
             wait_until_final(cluster, sent)
             wait_for(lambda: VICTIM in cluster.serving(), 30)
@@ -185,10 +191,15 @@ def crash_sweep(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
 
 
 def lead(cluster: Cluster, armed: Armed) -> None:
-    """Have the one lead that is to die: the other ends in order, which gives its lease away."""
-    wait_for(lambda: is_registered(cluster, armed.pid), 30)
-    cluster.restart(OTHER_DISPATCHER)
-    wait_for(lambda: cluster.rows(LEADER) == [(armed.pid,)], 30, 0.02)
+    """Have the one lead that is to die: the other ends in order, which gives its lease away. Once
+    more where the one had just died a second time, and was not there to take it."""
+    for _ in range(MOST_TRIES):
+        wait_for(lambda: is_registered(cluster, armed.pid), 30)
+        cluster.restart(OTHER_DISPATCHER)
+        if until(lambda: cluster.rows(LEADER) == [(armed.pid,)], LEAD_S, 0.02):
+            break
+    else:
+        raise AssertionError(f"{ARMED_DISPATCHER} never led")
     # Else it would be its start that is waited for.
     wait_for(lambda: is_registered(cluster, cluster.running[OTHER_DISPATCHER].pid), 30)
 
