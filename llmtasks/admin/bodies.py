@@ -14,7 +14,7 @@ from llmtasks.models import Task, TaskPayload
 MAX_TEXT = 20_000
 MAX_ITEMS = 100
 
-NAMES = {"messages", "parts", "inputs", "vectors"}
+NAMES = {"messages", "parts", "inputs", "vectors", "chat"}
 
 
 def shown(task: Task) -> SafeString:
@@ -23,6 +23,8 @@ def shown(task: Task) -> SafeString:
     if payload is None:
         return format_html("<p>{}</p>", "Not stored any more: prompts are deleted before bills.")
     request, response = as_mapping(payload.request), as_mapping(payload.response)
+    # An agent's has the chat that it begins with.
+    request = {**request, **as_mapping(request.get("chat"))}
     context = {
         "messages": [message(each) for each in first(request.get("messages"))],
         "inputs": [clipped(text_of(each)) for each in first(request.get("inputs"))],
@@ -31,6 +33,8 @@ def shown(task: Task) -> SafeString:
         "has_answer": bool(response),
         "finish_reason": response.get("finish_reason", ""),
         "vectors": vectors(response.get("vectors")),
+        # A workflow's, a tool's: neither text nor vectors.
+        "value": "" if {"parts", "vectors"} & set(response) or not response else as_json(response),
     }
     return SafeString(render_to_string("admin/llmtasks/bodies.html", context))
 

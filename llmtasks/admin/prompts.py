@@ -151,8 +151,9 @@ def as_text(version: PromptVersion) -> str:
     """A version as lines: what it says, then what it sets."""
     said = [f"[{message['role']}]\n{message['content']}" for message in version.messages]
     given = [f"model: {version.model}" if version.model else ""]
-    given += [f"{name}: {value}" for name, value in sorted(version.parameters.items())]
-    given += [f"{{{{ {name} }}}}: {of}" for name, of in
+    given += [f"{name}: {bodies.text_of(value)}" for name, value in
+              sorted(version.parameters.items())]  # fmt: skip
+    given += [f"{{{{ {name} }}}}: {bodies.text_of(of)}" for name, of in
               sorted(prompts.properties_of(version.variables).items())]  # fmt: skip
     return "\n".join([*said, *filter(None, given)])
 

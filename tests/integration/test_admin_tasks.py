@@ -204,8 +204,11 @@ def test_bodies_are_readable_and_escaped(login, tenant):
         ([], None, "None."),
         ({"messages": "?"}, {"parts": [5]}, "answer"),
         ({"messages": [{"role": "user"}, 3]}, {}, "user"),
+        ({"input": {}}, {"value": {"sum": "EUR 5"}}, "EUR 5"),
+        ({"chat": {"messages": [{"role": "user", "parts": [{"type": "text", "text": "Where?"}]}]}},
+         None, "Where?"),
     ],
-)
+)  # fmt: skip
 def test_any_stored_body_can_be_shown(login, tenant, request_, response, shown):
     task = make_task(tenant)
     TaskPayload.objects.create(task=task, request=request_, response=response)
