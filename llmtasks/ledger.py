@@ -235,7 +235,7 @@ WITH mine AS (
 ), a AS (
     UPDATE llmtasks_attempt SET {SETTLED}
     WHERE id = %(attempt)s AND state = 'sent' AND task_id IN (SELECT id FROM mine)
-    RETURNING task_id, provider
+    RETURNING task_id, provider, started_at
 ), p AS (
     UPDATE llmtasks_taskpayload SET response = %(response)s::text::jsonb
     WHERE %(response)s::text IS NOT NULL AND task_id IN (SELECT task_id FROM a)
@@ -246,7 +246,7 @@ INSERT_TURN = """, s AS (
         started_at, finished_at, decided_by, comment
     )
     SELECT %(attempt)s, a.task_id, %(tenant)s, %(turn)s::int, 'model', %(turn_name)s, 'done',
-        %(turn_output)s::text::jsonb, '', '', clock_timestamp(), clock_timestamp(), '', '' FROM a
+        %(turn_output)s::text::jsonb, '', '', a.started_at, clock_timestamp(), '', '' FROM a
     ON CONFLICT (task_id, number) DO NOTHING
 )"""
 FINISH_END = f"""

@@ -105,6 +105,8 @@ def test_critical_calls_of_one_turn_run_at_the_same_time(tenant: Tenant) -> None
     # Each turn is an attempt of its own step; the task's money is their sum.
     attempts = Attempt.objects.filter(task_id=outcome.task.id).order_by("step")
     assert [a.step for a in attempts] == [0, 5, 7]
+    turns_began = [row.started_at for row in rows if row.kind == "model"]
+    assert turns_began == [a.started_at for a in attempts]
     outcome.task.refresh_from_db()
     assert outcome.task.cost == sum(a.cost for a in attempts)
 
