@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,13 +63,6 @@ def free_ports() -> int:
             return port
 
 
-def measured(config: str, folder: Path) -> str:
-    """Coverage's settings for child processes, with the copy's files instead of ours."""
-    settings = json.loads(b64decode(config))
-    settings["source"] = [name.replace(str(ROOT), str(folder)) for name in settings["source"]]
-    return b64encode(json.dumps(settings).encode()).decode()
-
-
 class Checkout:
     """A folder in which make is run."""
 
@@ -82,8 +75,6 @@ class Checkout:
             for name, value in os.environ.items()
             if name not in OURS and not name.startswith(("COV_CORE", "PYTEST"))
         }
-        if config := self.environment.get("COVERAGE_PROCESS_CONFIG"):
-            self.environment["COVERAGE_PROCESS_CONFIG"] = measured(config, folder)
         # The tests' own environment instead of one more that pip fills for a minute.
         self.environment |= {"VENV": sys.prefix, "PORT": str(free_ports())}
 

@@ -46,8 +46,8 @@ FULL = Size(
     quiet_s=60.0,
 )
 SHORT = Size(
-    tasks=1000,
-    kills=20,
+    tasks=600,
+    kills=12,
     copies=1,
     kill_after_s=(0.0, 0.15),
     down_s=(0.0, 0.2),
