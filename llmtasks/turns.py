@@ -22,10 +22,10 @@ Line = tuple[str, str, str]
 
 NOBODY = UUID(int=0)
 COST = 1.0
-# The most passes kept of a place, and the most waiting tenants known of all lines together. One
-# more, and the memory is emptied: as after a change of the leader the tenants are found anew.
+# The most passes kept of a place, and the most waiting tenants known of all lines together, 10 MB.
+# One more, and the memory is emptied: as after a change of the leader the tenants are found anew.
 MOST_PASSES = 10_000
-MOST_KNOWN = 10_000
+MOST_KNOWN = 50_000
 # Tenants that are searched for in a line in a round, if there are so many.
 LEAST_SEARCHED = 100
 
