@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from uuid_utils.compat import uuid7
 
+from llmtasks import stores
 from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.guards.rate_limit import Grant, Need, Refusal, Told, Used
 from llmtasks.models import Limit, Provider, ProviderEvent
@@ -63,6 +64,7 @@ def test_never_above_the_limit_in_any_window(vendor: Provider) -> None:
                 assert 0 < found.wait_s <= 1.2
                 assert found.why in ("limit", "away")
                 time.sleep(min(found.wait_s, max(0.0, end - time.monotonic())))
+        stores.release()
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
