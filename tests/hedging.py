@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from llmtasks.models import Provider, Route, Task
-from tests import factories
-from tests.corridor import until
+from tests import corridor, factories
+from tests.corridor import sent, until
 
 P95_MS = 60
 SLOW = "slow-20000"
@@ -33,6 +33,12 @@ def hedged(redis: Any):
         return row
 
     return make
+
+
+def errors_of(task: Task) -> list[str]:
+    """How both calls ended, once they did: an answer hardly waits for the other's settlement."""
+    until(lambda: sent(task_id=task.id) is None)
+    return corridor.errors_of(task)
 
 
 def nobody_calls(sandbox: Any, task: Task) -> None:

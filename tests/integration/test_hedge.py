@@ -20,7 +20,6 @@ from tests import factories
 from tests.corridor import (
     attempts,
     check_ledger,
-    errors_of,
     in_thread,
     inline,
     queued,
@@ -28,7 +27,7 @@ from tests.corridor import (
     told,
     until,
 )
-from tests.hedging import P95_MS, SLOW, nobody_calls
+from tests.hedging import P95_MS, SLOW, errors_of, nobody_calls
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
