@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connection
 
-from llmtasks import bodies, dispatch, events, execute, ledger, stores, submit
+from llmtasks import bodies, dispatch, events, execute, ledger, pulse, stores, submit
 from llmtasks.execute import Outcome
 from llmtasks.models import Attempt, Provider, Task, TaskPayload, Tenant
 from llmtasks.turns import Turns
@@ -139,7 +139,11 @@ def until(condition, within_s: float = 10.0) -> Any:
 
 
 def sent(**where: Any) -> Attempt | None:
-    return Attempt.objects.filter(state="sent", **where).first()
+    """An attempt of this process whose request went out; its row is there before that."""
+    row = Attempt.objects.filter(state="sent", **where).first()
+    contexts = [call.drop.__self__ for call in pulse.start().under_way()]
+    went_out = any(context.exchange and context.exchange.is_sent for context in contexts)
+    return row if went_out else None
 
 
 def told(task: Task) -> list[tuple[str, dict[str, Any]]]:

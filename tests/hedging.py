@@ -7,7 +7,7 @@ import pytest
 
 from llmtasks.models import Provider, Route, Task
 from tests import corridor, factories
-from tests.corridor import sent, until
+from tests.corridor import until
 
 P95_MS = 60
 SLOW = "slow-20000"
@@ -37,7 +37,7 @@ def hedged(redis: Any):
 
 def errors_of(task: Task) -> list[str]:
     """How both calls ended, once they did: an answer hardly waits for the other's settlement."""
-    until(lambda: sent(task_id=task.id) is None)
+    until(lambda: not any(row.state == "sent" for row in corridor.attempts(task)))
     return corridor.errors_of(task)
 
 
