@@ -22,6 +22,7 @@ ALONE = {"limits", "traces"}
 )
 def test_the_short_form_holds(name: str, tmp_path: Path):
     if name == "traces" and not traces.DATA.is_dir():
+        # They are others' data, which no clone brings. `make chaos` fails without them.
         pytest.skip("no traces beside the checkout")
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     # Not the number of the cluster that this process's other tests share.

@@ -15,7 +15,7 @@ again until each was taken; `audit.py` is the judge: triggers in the database an
 counts, independent of the code under test.
 
 Figures are written to `.data/bench/chaos-<name>.json`. A condition that does not hold makes the
-exit code 1, and the processes' logs are kept; so does a proof that raises `NotRun`.
+exit code 1, and the processes' logs are kept. A proof that raises `NotRun` counts as failed too.
 
 It needs DATABASE_URL and REDIS_URL of servers that it may fill: `make chaos` starts some.
 """
