@@ -40,6 +40,8 @@ SELECT a.task_id::text, a.number, a.state, a.error_class, a.http_status, a.cost,
 FROM llmtasks_attempt a JOIN llmtasks_task t ON t.id = a.task_id WHERE t.metadata ? %(mark)s
 ORDER BY a.task_id, a.step, a.number
 """
+# How often a task is tried.
+TRIES = 5
 # What calls models itself; the others have no attempts.
 CALLING = ("chat", "embedding", "agent")
 
@@ -96,7 +98,7 @@ def bills(
     tasks: Mapping[str, Sequence[Any]], attempts: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
     """Billed: settled, with status 200 and a cost that is final; each step of a task at most
-    once."""
+    once. Failed early: although its tries were not used up."""
     billed = {task_id: sum(map(is_billed, attempts.get(task_id, ()))) for task_id in tasks}
     answered = {
         task_id for task_id, row in tasks.items() if row[1] == "succeeded" and row[8] in CALLING
@@ -109,6 +111,11 @@ def bills(
         "billed_twice": sum(sum(map(is_billed, rows)) > 1 for rows in steps),
         "called_after_bill": sum(any(map(is_billed, rows[:-1])) for rows in steps),
         "answered_unbilled": sum(billed[task_id] == 0 for task_id in answered),
+        "failed_early": sum(
+            row[1] != "succeeded" and not is_used_up(attempts.get(task_id, ()))
+            for task_id, row in tasks.items()
+            if row[8] in CALLING
+        ),
         "left_open": states["sent"],
         "sums_wrong": sum(
             not sums_up(row, attempts.get(task_id, ()))
@@ -121,6 +128,11 @@ def bills(
 def is_billed(attempt: Sequence[Any]) -> bool:
     _, state, error_class, http_status, cost, *_ = attempt
     return bool(state == "settled" and http_status == 200 and not error_class and cost > 0)
+
+
+def is_used_up(attempts: Sequence[Any]) -> bool:
+    """Whether every try there is died, or failed."""
+    return len(attempts) == TRIES and all(row[1] == "unknown" or row[2] for row in attempts)
 
 
 def by_step(attempts: Sequence[Any]) -> dict[int, list[Any]]:

@@ -64,7 +64,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "lost = 0": lambda f: f["ours"]["lost"] == 0,
     "finished exactly once: all": lambda f: f["ours"]["finished_once"] == f["size"]["tasks"],
     "no final state was left": lambda f: f["ours"]["finished_again"] == 0,
-    "failed, but for five calls that died = 0": lambda f: f["ours"]["failed_otherwise"] == 0,
+    "failed, but for five calls that died = 0": lambda f: f["ours"]["failed_early"] == 0,
     "one key, one task": lambda f: (
         f["submitted"]["changed"] == f["ours"]["not_asked_for"] == f["ours"]["vendor_only"] == 0
     ),
@@ -133,7 +133,6 @@ def ours(
         "submitted": sent.answers,
         "ours": {
             **audit.figures(cluster, sent.ids),
-            "failed_otherwise": failed_otherwise(cluster),
             **sent.times,
         },
     }
@@ -187,13 +186,3 @@ def is_at_work(cluster: Cluster, name: str, has_taken: bool) -> bool:
     if name.startswith("worker"):
         return bool(cluster.rows(RUNS, [cluster.running[name].pid])[0][0] >= AT_WORK)
     return has_taken or name != "web"
-
-
-def failed_otherwise(cluster: Cluster) -> int:
-    """Tasks that did not succeed although they had not used up their five attempts."""
-    return int(
-        cluster.rows(
-            "SELECT count(*) FROM llmtasks_task WHERE metadata ? 'n'"
-            " AND status <> 'succeeded' AND attempts < 5"
-        )[0][0]
-    )

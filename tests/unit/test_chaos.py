@@ -16,6 +16,7 @@ DONE = ("a", "succeeded", 1, 5, "final", None, "", "echo", "chat")
 BILLED = (1, "settled", "", 200, 5, "final", 0)
 UNKNOWN = (1, "unknown", "", None, 3, "estimated", 0)
 TURNS = ("a", "succeeded", 2, 10, "final", None, "", "echo", "agent")
+DIED = ("a", "failed", 5, 15, "estimated", None, "Interrupted", "echo", "chat")
 SEEN = {"calls": 1, "answered": 1, "overlaps": 0}
 
 
@@ -45,11 +46,14 @@ def test_ends():
         (TURNS, [BILLED, (2, *BILLED[1:])], {"billed_twice"}),
         (TURNS, [BILLED, (2, *BILLED[1:-1], 2)], {"sums_wrong"}),
         (("a", "succeeded", 0, None, "", None, "", "look_up@1", "tool"), [], set()),
+        (DIED, [(n, *UNKNOWN[1:]) for n in range(1, 6)], set()),
+        (DIED, [(n, *UNKNOWN[1:]) for n in range(1, 5)], {"failed_early", "sums_wrong"}),
+        (DIED, [BILLED, *((n, *UNKNOWN[1:]) for n in range(2, 6))], {"failed_early", "sums_wrong"}),
     ],
 )  # fmt: skip
 def test_bills(task, attempts, wrong):
     found = audit.bills({"a": task}, {"a": attempts})
-    names = {"billed_twice", "answered_unbilled", "left_open", "sums_wrong"}
+    names = {"billed_twice", "answered_unbilled", "failed_early", "left_open", "sums_wrong"}
     assert {name for name in names if found[name]} == wrong
 
 
