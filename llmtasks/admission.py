@@ -28,6 +28,8 @@ from providers.types import Request
 
 # How long queued work waits in its worker before it goes back to waiting.
 PATIENCE_S = 2.0
+# Longest waits between two looks: a limit may have been raised meanwhile.
+LOOK_INLINE_S, LOOK_QUEUED_S = 2.0, 300.0
 # Those that were refused together do not ask again together.
 SPREAD = 0.02
 
@@ -68,6 +70,7 @@ def admit(
                 go_back(context, wait_s)
         else:
             check_patience(refusals, context, failed)
+        wait_s = min(wait_s, LOOK_INLINE_S)
         context.pause(wait_s * (1 + random.uniform(0, SPREAD)))  # noqa: S311 - no secret
         if context.dropped:
             raise drop_error(context)
@@ -110,6 +113,7 @@ def ask(
 
 def go_back(context: Context, wait_s: float) -> NoReturn:
     """Back to waiting: no worker is held meanwhile."""
+    wait_s = min(wait_s, LOOK_QUEUED_S)
     ledger.end_running(context.task, End(status=Status.WAITING, wait_s=wait_s))
     raise Snooze(wait_s)
 

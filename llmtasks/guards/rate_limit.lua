@@ -8,6 +8,7 @@
 -- {limits}:meter:<limit>[:<who>]     hash    since   the epoch in which it began        window
 --                                            all     when the bucket is full again (us)
 --                                            back    the same for background work
+--                                            each    what one unit takes of those two (us)
 --                                            sum     used in the slots below
 --                                            oldest  no slot before this one
 --                                            cap     the vendor's own limit, if lower
@@ -126,6 +127,13 @@ local function claim(value)
   return 0, now
 end
 
+local function keep_level(m, was)
+  -- The limit is another one than before: what is in the bucket stays in it, a full one at most.
+  m.all = now + math.min((m.all - now) / was, m.burst) * m.interval
+  m.back = now + math.min((m.back - now) / was, m.burst) * m.interval
+  redis.call('HSET', m.key, 'all', m.all, 'back', m.back, 'each', m.interval)
+end
+
 local function read_rate(m, since, at)
   m.width = math.ceil(m.per / SLOTS)
   m.slot = math.floor(now / m.width)
@@ -134,8 +142,8 @@ local function read_rate(m, since, at)
   m.was = at and math.floor(at / m.width) or m.slot
   -- The slot that the call counts in: that of when it was let through, unless it is over.
   m.into = m.was >= m.first and m.was or m.slot
-  local began, all, back, sum, oldest, cap, want, big, mean, held = unpack(redis.call('HMGET',
-    m.key, 'since', 'all', 'back', 'sum', 'oldest', 'cap', 'want', 'big', 'mean', m.into))
+  local began, all, back, each, sum, oldest, cap, want, big, mean, held = unpack(redis.call('HMGET',
+    m.key, 'since', 'all', 'back', 'each', 'sum', 'oldest', 'cap', 'want', 'big', 'mean', m.into))
   m.cap = tonumber(cap)
   m.limit = m.amount
   m.amount = math.min(m.amount, m.cap or m.amount)
@@ -152,6 +160,7 @@ local function read_rate(m, since, at)
   m.since = since
   m.all = math.max(tonumber(all) or start, now)
   m.back = math.max(tonumber(back) or start, now)
+  if each and tonumber(each) ~= m.interval then keep_level(m, tonumber(each)) end
   m.sum = tonumber(sum) or 0
   m.oldest = tonumber(oldest) or m.slot
   m.want, m.want_til = claim(want)
@@ -175,8 +184,8 @@ local function charge(m, urgent, units)
 end
 
 local function put_rate(m)
-  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'sum', m.sum,
-    'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
+  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'each', m.interval,
+    'sum', m.sum, 'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
 end
 
 -- Counts of the last slots of time: the retry budget's and the breaker's --------------------------

@@ -13,7 +13,7 @@ from django.test import Client
 from django.utils import timezone
 from uuid_utils.compat import uuid7
 
-from llmtasks import execute, ledger, pulse, submit
+from llmtasks import admission, execute, ledger, pulse, submit
 from llmtasks.errors import NoProvider, Unavailable
 from llmtasks.guards import accounts, meters, rate_limit
 from llmtasks.models import Attempt, Limit, Provider, ProviderEvent, ProviderModel, Task, Tenant
@@ -140,6 +140,29 @@ def test_the_soonest_of_all_is_waited_for(account, tenant, second):
     take(second)
     task = inline(tenant, "smart", deadline_s=20).task
     assert (task.status, task.provider) == ("succeeded", "second")
+
+
+def test_who_waits_goes_on_when_the_limit_is_raised(account, tenant, monkeypatch):
+    monkeypatch.setattr(admission, "LOOK_INLINE_S", 0.05)
+    factories.route("echo", (account, "echo"))
+    one_a_minute(account)
+    with in_thread(lambda: inline(tenant, "echo", deadline_s=300)):
+        until(lambda: pulse.start().calls)
+        Limit.objects.update(amount=1000)
+        factories.in_force()
+    task = Task.objects.get()
+    assert (task.status, errors_of(task)) == ("succeeded", [""])
+    assert (task.finished_at - task.created_at).total_seconds() < 30
+
+
+def test_a_task_that_a_days_limit_refused_looks_again_before_the_day_ends(account, tenant):
+    factories.route("echo", (account, "echo"))
+    limit("requests", 1, "day", provider=account)
+    take(account)
+    task = run_once(tenant, "echo")
+    assert is_parked(task)
+    wait_s = (task.not_before - timezone.now()).total_seconds()
+    assert 250 < wait_s <= admission.LOOK_QUEUED_S
 
 
 def test_who_hangs_up_while_he_waits_for_room_is_not_called_for(account, tenant):

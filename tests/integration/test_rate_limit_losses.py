@@ -2,6 +2,7 @@
 
 import threading
 from datetime import timedelta
+from hashlib import sha1
 from typing import Any
 
 import pytest
@@ -119,14 +120,19 @@ def test_a_count_that_takes_too_long_is_a_full_window(
     assert 0 < refused.wait_s <= 86_400 / 120 * 3
 
 
-def test_a_server_that_was_started_anew_knows_nothing(vendor: Provider, redis: Any) -> None:
+def test_a_server_that_was_started_anew_knows_nothing(
+    vendor: Provider, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it read from its disk may be old: the script that it does not know tells."""
     redis.set("{limits}:epoch", LONG_AGO)
     key = limit(vendor, "requests", 10, "minute", burst=10)
     assert isinstance(take(), Grant)
     for _ in range(8):
         attempt()
-    redis.script_flush()
+    # One that this server never saw, since others use the server as well.
+    unknown = meters.SCRIPT + b"-- " + uuid7().hex.encode()
+    monkeypatch.setattr(meters, "SCRIPT", unknown)
+    monkeypatch.setattr(meters, "SHA", sha1(unknown).hexdigest().encode())
     assert isinstance(take(), Grant)
     assert int(redis.get("{limits}:epoch")) > LONG_AGO
     assert int(redis.hget(key, "sum")) == 9
@@ -193,6 +199,28 @@ def test_a_limit_whose_window_was_changed_counts_all_as_used_now(
     Limit.objects.update(window="second")
     rules._rules = None
     assert isinstance(take(), Grant)
+
+
+def test_a_limit_that_was_raised_has_room_at_once(vendor: Provider, redis: Any) -> None:
+    redis.set("{limits}:epoch", LONG_AGO)
+    limit(vendor, "requests", 12, "minute", burst=10)
+    assert [type(take()) for _ in range(11)] == [Grant] * 10 + [Refusal]
+    Limit.objects.update(amount=1200, burst=24)
+    rules._rules = None
+    # Ten are still in the bucket, of twenty-four.
+    assert [type(take()) for _ in range(15)] == [Grant] * 14 + [Refusal]
+
+
+def test_a_limit_that_was_lowered_is_a_full_bucket_at_most(vendor: Provider, redis: Any) -> None:
+    redis.set("{limits}:epoch", LONG_AGO)
+    limit(vendor, "requests", 60_000, "minute", burst=1000)
+    assert [type(take()) for _ in range(300)] == [Grant] * 300
+    Limit.objects.update(amount=600, burst=2)
+    rules._rules = None
+    refused = take()
+    assert isinstance(refused, Refusal)
+    # One of ten a second, and not three hundred of them.
+    assert 0 < refused.wait_s < 0.2
 
 
 def test_no_key_stays_for_ever(vendor: Provider, redis: Any) -> None:
