@@ -53,7 +53,8 @@ def queues(request: HttpRequest) -> HttpResponse:
     if may_see("llmtasks.limit")(request):
         context |= of_limits(found)
     if may_see("llmtasks.provider")(request):
-        context |= {"models": limits.models_of(found), "errors": errors(found)}
+        models, left = limits.notable_models(found)
+        context |= {"models": models, "models_left": left, "errors": errors(found)}
     if may_see("llmtasks.providerevent")(request):
         context |= {"events": limits.events()}
     return TemplateResponse(request, "admin/llmtasks/queues.html", context)

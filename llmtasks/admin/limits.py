@@ -17,6 +17,7 @@ from llmtasks.health import Health
 from llmtasks.models import ApiKey, Limit, Provider, ProviderEvent, ProviderModel, Tenant
 
 EVENTS_SHOWN = 20
+MODELS_SHOWN = 40
 
 
 @admin.register(Limit)
@@ -146,17 +147,30 @@ def events(provider: str = "") -> list[dict[str, Any]]:
 def models_of(found: Health, provider: str = "") -> list[dict[str, Any]]:
     """Breakers, gates and what was learnt, of one provider's models or of all."""
     return [
-        {
-            "of": f"{account.row.name}/{model.row.name}",
-            "state": cells.label(state_of(model)),
-            "closed": seconds(closed_s(model.reading)),
-            "p95": cells.milliseconds(p95(model.reading)),
-            "told": told(model.row.vendor_limits),
-        }
+        shown_model(account, model)
         for account in found.accounts
         if provider in ("", account.row.name)
         for model in account.models
     ]
+
+
+def notable_models(found: Health) -> tuple[list[dict[str, Any]], int]:
+    """The models that are not well, then those that were called, and how many others there are."""
+    known = [(account, model) for account in found.accounts for model in account.models]
+    notable = [one for one in known if one[1].status != "ok" or p95(one[1].reading) is not None]
+    notable.sort(key=lambda one: one[1].status == "ok")
+    shown = [shown_model(*one) for one in notable[:MODELS_SHOWN]]
+    return shown, len(known) - len(shown)
+
+
+def shown_model(account: health.Account, model: health.Model) -> dict[str, Any]:
+    return {
+        "of": f"{account.row.name}/{model.row.name}",
+        "state": cells.label(state_of(model)),
+        "closed": seconds(closed_s(model.reading)),
+        "p95": cells.milliseconds(p95(model.reading)),
+        "told": told(model.row.vendor_limits),
+    }
 
 
 def state_of(model: health.Model) -> str:

@@ -321,6 +321,20 @@ def test_the_board_shows_what_waits_how_close_limits_are_and_what_fails(login, v
 
 
 @pytest.mark.django_db(transaction=True)
+def test_the_board_names_models_that_are_not_well_and_those_that_were_called(login, vendor):
+    for number in range(50):
+        ProviderModel.objects.create(provider=vendor, name=f"quiet-{number}")
+    ProviderModel.objects.create(provider=vendor, name="called")
+    ProviderModel.objects.create(provider=vendor, name="zz-refused", refused_at=timezone.now())
+    call(1, model="called", health="ok", ms=80)
+    response = board(login("*"))
+    shown = [model["of"] for model in response.context["models"]]
+    assert shown == ["vendor/zz-refused", "vendor/called"]
+    others = ProviderModel.objects.count() - 2
+    assert f"{others} more let calls through." in text(response)
+
+
+@pytest.mark.django_db(transaction=True)
 def test_the_board_says_which_store_is_away(login, vendor, no_redis, monkeypatch):
     client = login("*")
     content = text(board(client))
