@@ -78,7 +78,7 @@ class Limit(models.Model):
         per = f" per {self.window}" if self.window else " at once"
         unit = "calls" if self.unit == self.Unit.CONCURRENCY else self.unit.replace("_", " ")
         each = f", {self.get_each_display()}" if self.each else ""
-        return f"{' / '.join(whose) or 'all'}: {self.amount} {unit}{per}{each}"
+        return f"{' / '.join(whose) or 'all'}: {self.amount:,} {unit}{per}{each}"
 
     @property
     def is_sound(self) -> bool:
