@@ -44,6 +44,8 @@ SLACK_S = 1.5
 AFTER_LEASE_S = LEASE_S + SWEEP_S + SLACK_S
 AFTER_HINT_S = HINT_LOST_S + SWEEP_S + SLACK_S
 AFTER_LEADER_S = max(HINT_LOST_S, LEADER_S) + SWEEP_S + SLACK_S
+# A dispatcher that died stays away, or it would lead and die again before anything is taken up.
+AWAY_S = AFTER_LEADER_S
 
 CRASHES = 50
 CRASHES_SHORT = 1
@@ -106,14 +108,17 @@ class Ids:
 
 
 class Armed(threading.Thread):
-    """Keeps a program alive that dies at a point; `deaths` counts how often it did."""
+    """Keeps a program alive that dies at a point; `deaths` counts how often it did. It is started
+    again after `away_s`."""
 
-    def __init__(self, cluster: Cluster, name: str, point: str, passes: tuple[int, ...]) -> None:
+    def __init__(
+        self, cluster: Cluster, name: str, point: str, passes: tuple[int, ...], away_s: float = 0.0
+    ) -> None:
         super().__init__(name=f"armed-{name}")
         self.cluster, self.program, self.point = cluster, name, point
-        self.passes = itertools.cycle(passes)
+        self.passes, self.away_s = itertools.cycle(passes), away_s
         self.deaths = 0
-        self.is_ending = False
+        self.ending = threading.Event()
 
     def __enter__(self) -> "Armed":
         self.cluster.terminate(self.program)
@@ -122,7 +127,7 @@ class Armed(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.is_ending = True
+        self.ending.set()
         while self.is_alive():
             self.cluster.running[self.program].terminate()
             self.join(0.2)
@@ -131,8 +136,10 @@ class Armed(threading.Thread):
     def run(self) -> None:
         while (code := self.cluster.running[self.program].wait()) == -9:
             self.deaths += 1
+            if self.ending.wait(self.away_s):
+                return
             self.begin()
-        assert self.is_ending, f"{self.program} ended by itself: {code}"
+        assert self.ending.is_set(), f"{self.program} ended by itself: {code}"
 
     def begin(self) -> None:
         self.cluster.start(self.program, LLMTASKS_CRASH=f"{self.point}:{next(self.passes)}")
@@ -140,6 +147,10 @@ class Armed(threading.Thread):
     def wait_for_death(self, deaths: int) -> None:
         """One more than those before."""
         wait_for(lambda: self.deaths > deaths, 20, 0.02)
+
+    @property
+    def is_up(self) -> bool:
+        return self.cluster.running[self.program].poll() is None
 
     @property
     def pid(self) -> int:
@@ -164,7 +175,7 @@ def crash_workers(cluster: Cluster, ids: Ids, times: int) -> dict[str, int]:
 
 def crash_dispatcher(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
     passes = (2,) if point == "dispatch.publishing" else (1,)
-    with Armed(cluster, ARMED_DISPATCHER, point, passes) as armed:
+    with Armed(cluster, ARMED_DISPATCHER, point, passes, AWAY_S) as armed:
         for _ in range(times):
             lead(cluster, armed)
             deaths = armed.deaths
@@ -176,7 +187,7 @@ def crash_dispatcher(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
 
 def crash_sweep(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
     """A worker dies first, so that there is something to sweep."""
-    with Armed(cluster, ARMED_DISPATCHER, point, passes=(1,)) as armed:
+    with Armed(cluster, ARMED_DISPATCHER, point, (1,), AWAY_S) as armed:
         for _ in range(times):
             lead(cluster, armed)
             deaths = armed.deaths
@@ -194,7 +205,7 @@ def lead(cluster: Cluster, armed: Armed) -> None:
     """Have the one lead that is to die: the other ends in order, which gives its lease away. Once
     more where the one had just died a second time, and was not there to take it."""
     for _ in range(MOST_TRIES):
-        wait_for(lambda: is_registered(cluster, armed.pid), 30)
+        wait_for(lambda: armed.is_up and is_registered(cluster, armed.pid), 30)
         cluster.restart(OTHER_DISPATCHER)
         if until(lambda: cluster.rows(LEADER) == [(armed.pid,)], LEAD_S, 0.02):
             break
