@@ -44,7 +44,7 @@ SLACK_S = 1.5
 AFTER_LEASE_S = LEASE_S + SWEEP_S + SLACK_S
 AFTER_HINT_S = HINT_LOST_S + SWEEP_S + SLACK_S
 AFTER_LEADER_S = max(HINT_LOST_S, LEADER_S) + SWEEP_S + SLACK_S
-# A dispatcher that died stays away, or it would lead and die again before anything is taken up.
+# One that died in a sweep stays away, or it would lead and die in the same sweep again.
 AWAY_S = AFTER_LEADER_S
 
 CRASHES = 50
@@ -175,7 +175,7 @@ def crash_workers(cluster: Cluster, ids: Ids, times: int) -> dict[str, int]:
 
 def crash_dispatcher(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
     passes = (2,) if point == "dispatch.publishing" else (1,)
-    with Armed(cluster, ARMED_DISPATCHER, point, passes, AWAY_S) as armed:
+    with Armed(cluster, ARMED_DISPATCHER, point, passes) as armed:
         for _ in range(times):
             lead(cluster, armed)
             deaths = armed.deaths
