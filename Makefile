@@ -2,7 +2,7 @@
 # VENV=/path to use an environment of your own as it is, PYTHON=/path to choose the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint format types imports migrations check bench chaos manage lock clean venv venv-dev
+.PHONY: help up down test proofs lint format types imports migrations check bench chaos manage lock clean venv venv-dev
 
 ifeq ($(origin VENV), undefined)
 VENV := .venv
@@ -36,8 +36,13 @@ down: ## end what `make up` started, from another shell
 manage: venv ## manage.py with the settings of what is up: make manage ARGS="add_provider --help"
 	@exec $(python) -m project.stack manage $(ARGS)
 
-test: venv-dev ## run all tests on real servers of their own
-	@exec $(python) -m project.stack run -- $(python) -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+pytest = $(python) -m project.stack run -- $(python) -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+test: venv-dev ## run the tests on real servers of their own
+	@exec $(pytest) $(ARGS)
+
+proofs: venv-dev ## the short forms of what `make chaos` proves and `make bench` measures
+	@exec $(pytest) tests/chaos tests/benchmarks $(ARGS)
 
 lint: venv-dev ## style: ruff check, ruff format --check
 	@$(python) -m ruff check .
@@ -56,7 +61,7 @@ imports: venv-dev ## import directions
 migrations: venv-dev ## fail if a model changed without a migration
 	@exec $(python) -m project.stack run -- env SECRET_KEY=check $(python) manage.py makemigrations --check --dry-run
 
-check: lint types imports migrations test ## all of the above
+check: lint types imports migrations test proofs ## all of the above
 
 bench: venv-dev ## load tests; tables on the screen, JSON under .data/bench
 	@exec $(python) -m project.stack --data .data/bench/servers run --durable -- $(python) -m tests.benchmarks $(ARGS)
