@@ -34,10 +34,10 @@ from llmtasks.turns import LEAST_SEARCHED, NOBODY, Ask, Head, Line, Place, Turns
 log = logging.getLogger(__name__)
 
 LEASE_S = 3.0
-POLL_S = 0.25
+POLL_S = 0.3
 # While more waits than there were slots; longer and longer while none becomes free.
 BUSY_POLL_S = 0.02
-FULL_POLL_S = 0.1
+FULL_POLL_S = 0.12
 # Between two rounds at the least. A round that released so many is followed by the next at once.
 ROUND_S = 0.005
 MANY = 100
