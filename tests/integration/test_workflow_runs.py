@@ -251,8 +251,8 @@ def test_a_wide_fan_out_works_in_flat_memory(tenant: Tenant) -> None:
     most = runs = 0
     while Task.objects.get(id=task.id).status not in ("succeeded", "failed"):
         runs += 1
-        # Tracing is slow: the first run that ends a batch and begins the next, and the last.
-        if runs in (2, 10):
+        # Tracing is slow: the first two runs and those far from them.
+        if runs in (1, 2, 9, 10):
             tracemalloc.start()
             run_now(task)
             peaks[runs] = tracemalloc.get_traced_memory()[1]
@@ -269,4 +269,4 @@ def test_a_wide_fan_out_works_in_flat_memory(tenant: Tenant) -> None:
     assert most == 1000
     assert runs == 11
     # Far from the first batch it is as large as at the first.
-    assert peaks[10] < 1.5 * peaks[2]
+    assert max(peaks[9], peaks[10]) < 1.5 * max(peaks[1], peaks[2])
