@@ -144,12 +144,12 @@ def events(provider: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def models_of(found: Health, provider: str = "") -> list[dict[str, Any]]:
-    """Breakers, gates and what was learnt, of one provider's models or of all."""
+def models_of(found: Health, provider: str) -> list[dict[str, Any]]:
+    """Breakers, gates and what was learnt, of a provider's models."""
     return [
         shown_model(account, model)
         for account in found.accounts
-        if provider in ("", account.row.name)
+        if account.row.name == provider
         for model in account.models
     ]
 
