@@ -8,7 +8,6 @@ by the workers' slots, what is remembered of tenants by `turns.MOST_KNOWN`. Urge
 served first from what the limits leave (`room.py`), tenants take turns (`turns.py`).
 """
 
-import heapq
 import logging
 import threading
 import time
@@ -29,7 +28,18 @@ from llmtasks.guards.meters import Away
 from llmtasks.models import Lane, Status
 from llmtasks.room import Limits, Room, windows
 from llmtasks.stores import fetch, redis_client
-from llmtasks.turns import LEAST_SEARCHED, NOBODY, Ask, Head, Line, Place, Turns, choose, share
+from llmtasks.turns import (
+    LEAST_SEARCHED,
+    NOBODY,
+    Ask,
+    Head,
+    Line,
+    Place,
+    Turns,
+    choose,
+    in_turn,
+    share,
+)
 
 log = logging.getLogger(__name__)
 
@@ -205,17 +215,19 @@ def pick(
     lines = find(most, turns)
     room = Room.now({route for *_, route in lines}, unbegun or {}, limits)
     turns.closed = {line for line in lines if room.of_route(line[2]) < 1}
-    asks = [
-        ask for place, count in most.items() for ask in asks_at(place, count, lines, turns, room)
-    ]
+    asks: list[Ask] = []
+    until: dict[Place, float] = {}
+    for place, count in most.items():
+        mine, until[place] = asks_at(place, count, lines, turns, room)
+        asks += mine
     room.ask_tenants({ask.tenant_id for ask in asks})
     turns.park(room.full_tenants(), now + PARK_S)
     asks = [ask for ask in asks if ask.tenant_id not in turns.parked]
     heads = find_heads(asks)
     chosen: list[Head] = []
     for place in in_order(most, turns.rounds):
-        mine = [head for head in heads if head.ask.line[:2] == place]
-        chosen += choose(mine, turns.stride(place), most[place], room.take)
+        at = [head for head in heads if head.ask.line[:2] == place]
+        chosen += choose(at, turns.stride(place), most[place], room.take, until[place])
     turns.end_round(asks, heads, chosen)
     return mark(chosen)
 
@@ -249,25 +261,27 @@ def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
     return list(found)
 
 
-def asks_at(place: Place, most: int, lines: Iterable[Line], turns: Turns, room: Room) -> list[Ask]:
+def asks_at(
+    place: Place, most: int, lines: Iterable[Line], turns: Turns, room: Room
+) -> tuple[list[Ask], float]:
     """Whose tasks are looked at, and how many of each: the first of each line, and of all lines
-    together as many as there is room for."""
+    together as many as there is room for. And when the turn of the first one starts who is not."""
     pairs: list[tuple[Line, UUID]] = []
     more: list[tuple[Line, UUID]] = []
-    for line in lines:
-        if line[:2] == place:
-            count = int(min(room.of_route(line[2]), most + SPARE))
-            first = [(line, tenant) for tenant in turns.first_in(line, count)]
-            pairs += first[:SPARE]
-            more += first[SPARE:]
-    start = turns.stride(place).start
-    pairs += heapq.nsmallest(most, more, key=lambda pair: start(pair[1]))
+    for line in in_turn([line for line in lines if line[:2] == place], turns.rounds):
+        count = int(min(room.of_route(line[2]), most + SPARE + 1))
+        first = [(line, tenant) for tenant in turns.first_in(line, count)]
+        pairs += first[:SPARE]
+        more += first[SPARE:]
+    chosen, until = turns.first_of(place, more, most)
+    pairs += chosen
     weights = [turns.lines[line].weights[tenant] for line, tenant in pairs]
     total = sum(weights)
-    return [
+    asks = [
         Ask(line, tenant, weight, share(most, weight, total))
         for (line, tenant), weight in zip(pairs, weights, strict=True)
     ]
+    return asks, until
 
 
 def find_heads(asks: Sequence[Ask]) -> list[Head]:
@@ -286,9 +300,7 @@ def find_heads(asks: Sequence[Ask]) -> list[Head]:
 
 def in_order(places: Iterable[Place], rounds: int) -> list[Place]:
     """Urgent lanes first; within a lane another provider is first in each round."""
-    ordered = sorted(places)
-    first = rounds % (len(ordered) or 1)
-    return sorted(ordered[first:] + ordered[:first], key=lambda place: LANES[place[1]])
+    return sorted(in_turn(sorted(places), rounds), key=lambda place: LANES[place[1]])
 
 
 def mark(chosen: Sequence[Head]) -> list[Hint]:

@@ -14,13 +14,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypeVar
 from uuid import UUID
+
+T = TypeVar("T")
 
 # (provider, lane): a Celery queue and a window; (provider, lane, route): who waits for the same.
 Place = tuple[str, str]
 Line = tuple[str, str, str]
 
 NOBODY = UUID(int=0)
+NEVER = float("inf")
 COST = 1.0
 # The most passes kept of a place, and the most waiting tenants known of all lines together, 10 MB.
 # One more, and the memory is emptied: as after a change of the leader the tenants are found anew.
@@ -131,6 +135,24 @@ class Turns:
         ready = (tenant for tenant in self.lines[line].weights if tenant not in self.parked)
         return heapq.nsmallest(most, ready, key=self.stride(line[:2]).start)
 
+    def first_of(
+        self, place: Place, pairs: Iterable[tuple[Line, UUID]], most: int
+    ) -> tuple[list[tuple[Line, UUID]], float]:
+        """Of tenants in the lines of a place those whose turns start first, at most so many, and
+        when the turn of the first one starts that is left out.
+
+        A tenant's second line stands for its second turn: else who waits in many lines would fill
+        the round alone."""
+        next_start: dict[UUID, float] = {}
+        order: list[tuple[float, int, tuple[Line, UUID]]] = []
+        for pair in pairs:
+            line, tenant = pair
+            start = next_start.get(tenant) or self.stride(place).start(tenant)
+            next_start[tenant] = start + COST / self.lines[line].weights[tenant]
+            order.append((start, len(order), pair))
+        first = heapq.nsmallest(most + 1, order)
+        return [pair for *_, pair in first[:most]], first[most][0] if first[most:] else NEVER
+
     def wanted(self, line: Line) -> int:
         """How many tenants to search for in a line: as many as had turns in the last round, so
         that a newcomer is found before the others had two."""
@@ -146,26 +168,42 @@ class Turns:
         self.given = Counter(head.ask.line[:2] for head in chosen)
 
 
+def in_turn(names: Sequence[T], rounds: int) -> list[T]:
+    """Another one is first in each round."""
+    first = rounds % (len(names) or 1)
+    return [*names[first:], *names[:first]]
+
+
 def share(turns: int, weight: int, total: int) -> int:
     """How many of so many turns fall to a weight of the total, rounded up."""
     return -(-turns * weight // total)
 
 
 def choose(
-    heads: Iterable[Head], stride: Stride, most: int, take: Callable[[Head], bool]
+    heads: Iterable[Head],
+    stride: Stride,
+    most: int,
+    take: Callable[[Head], bool],
+    until: float = NEVER,
 ) -> list[Head]:
     """The heads whose turn it is at one place, in order, at most so many.
 
-    `take` books the room for a task and says whether there was any.
+    `take` books the room for a task and says whether there was any. No turn starts after `until`,
+    when that of somebody starts who was not looked at, nor after that of one who may have more
+    than was looked at: the place's time must not pass them by.
     """
     mine: dict[UUID, deque[Head]] = {}
     for head in sorted(heads, key=lambda head: head.not_before):
         mine.setdefault(head.ask.tenant_id, deque()).append(head)
+    there = Counter(head.ask for own in mine.values() for head in own)
+    may_have_more = {ask.tenant_id for ask, count in there.items() if count == ask.most}
     order = [(stride.start(tenant), own[0].not_before, tenant) for tenant, own in mine.items()]
     heapq.heapify(order)
     chosen: list[Head] = []
     while order and len(chosen) < most:
-        tenant = heapq.heappop(order)[2]
+        start, _, tenant = heapq.heappop(order)
+        if start > until:
+            break
         own = mine[tenant]
         taken = next_with_room(own, take)
         if taken is None:
@@ -174,6 +212,8 @@ def choose(
         stride.give(tenant, taken.ask.weight)
         if own:
             heapq.heappush(order, (stride.start(tenant), own[0].not_before, tenant))
+        elif tenant in may_have_more:
+            until = min(until, stride.start(tenant))
     return chosen
 
 

@@ -1,14 +1,16 @@
 """Whose turn it is: stride with weights, no credit for idle times, bounded memory."""
 
-from collections import Counter
+from collections import Counter, deque
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
 
-from llmtasks import turns
+from llmtasks import dispatch, turns
+from llmtasks.room import Room
 from llmtasks.turns import NOBODY, Ask, Head, Stride, Turns, choose, share
 
 LINE = ("p", "default", "r")
@@ -98,6 +100,47 @@ def test_a_newcomer_waits_for_two_rounds_at_the_most(weights, most, before):
             break
         given_before += len(order)
     assert given_before <= 2 * (sum(weights) + 1)
+
+
+@pytest.mark.parametrize("most", [4, 19, 20, 21, 31])
+def test_who_waits_in_many_lines_takes_no_newcomers_place(monkeypatch, most):
+    """Twenty tenants of whom half wait in two lines, and one that comes to the last of the lines:
+    21 turns are a round."""
+    monkeypatch.setattr(dispatch, "SPARE", 1)
+    lines = [("p", "default", name) for name in ("x", "y", "z")]
+    tenants = [uuid7() for _ in range(20)]
+    waiting = {line: {t: deque(range(500)) for t in tenants[:10]} for line in (lines[0], lines[2])}
+    waiting[lines[1]] = {t: deque(range(500)) for t in tenants[10:]}
+    known, room = Turns(), Room({"x": None, "y": None, "z": None})
+    newcomers: dict[UUID, int] = {}
+    given_by_now = 0
+    for number in range(100):
+        if number % 9 == 4 and number < 80:
+            newcomer = uuid7()
+            waiting[lines[2]][newcomer] = deque([10_000 + number])
+            newcomers[newcomer] = given_by_now
+        known.begin_round(float(number))
+        for line in lines:
+            known.found(line, {tenant: 1 for tenant, own in waiting[line].items() if own}, NOBODY)
+        asks, until = dispatch.asks_at(lines[0][:2], most, lines, known, room)
+        ready = [
+            Head(uuid7(), ask, START + timedelta(seconds=age))
+            for ask in asks
+            for age in list(waiting[ask.line][ask.tenant_id])[: ask.most]
+        ]
+        chosen = choose(ready, known.stride(lines[0][:2]), most, lambda head: True, until)
+        known.end_round(asks, ready, chosen)
+        for head in chosen:
+            waiting[head.ask.line][head.ask.tenant_id].popleft()
+            given_by_now += 1
+            came = newcomers.pop(head.ask.tenant_id, None)
+            assert came is None or given_by_now - came <= 2 * 21
+    assert not newcomers
+    left = [[len(own[tenant]) for own in waiting.values() if tenant in own] for tenant in tenants]
+    given = [sum(500 - count for count in counts) for counts in left]
+    assert max(given) - min(given) <= 2
+    # None of a tenant's lines waits for its other one to end.
+    assert all(500 - max(counts) >= min(given) // 4 for counts in left)
 
 
 def test_shares_fill_the_room():
