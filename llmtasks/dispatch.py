@@ -11,8 +11,10 @@ served first from what the limits leave (`room.py`), tenants take turns (`turns.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -51,9 +53,12 @@ FULL_POLL_S = 0.12
 # Between two rounds at the least. A round that released so many is followed by the next at once.
 ROUND_S = 0.005
 MANY = 100
-# The most tasks of a place that one round releases, and tenants of a line that it looks at.
+# The most tasks of a place that one round releases.
 MOST_A_ROUND = 500
-MOST_SEEN = 200
+# The most tasks of a place that a look for what became due reads. What is committed later than so
+# long after its time is found by the search.
+MOST_DUE = 5000
+LATE = timedelta(seconds=0.5)
 # Tenants beyond the room that are looked at, since some have nothing left.
 SPARE = 16
 # A tenant whose own limits have no room is asked for again after this time.
@@ -75,9 +80,25 @@ RETURNING epoch
 
 RESIGN = "UPDATE llmtasks_config SET leader_until = clock_timestamp() WHERE leader = %(me)s"
 
+# Who has something due at each place since the last look, the oldest first.
+DUE = """
+SELECT p.provider, p.lane, d.route, d.tenant_id, d.last, d.number, coalesce(t.weight, 1)
+FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(since)s::timestamptz[])
+        AS p(provider, lane, since)
+    CROSS JOIN LATERAL (
+        SELECT route, tenant_id, max(not_before) AS last, count(*) AS number FROM (
+            SELECT route, tenant_id, not_before FROM llmtasks_task
+            WHERE status = 'waiting' AND provider = p.provider AND lane = p.lane
+                AND not_before > p.since AND not_before <= statement_timestamp()
+            ORDER BY not_before LIMIT %(most)s
+        ) due GROUP BY route, tenant_id
+    ) d
+    LEFT JOIN llmtasks_tenant t ON t.id = d.tenant_id
+"""
+
 # Who waits at each place, by index probes alone: first the routes that wait there, then of each
-# route the tenants after the one that the last search ended at, until enough are found. Arrays
-# rather than joins: the planner can't tell how few there are, and would read the whole table.
+# route so many tenants after the one that the last search ended at. Arrays rather than joins: the
+# planner can't tell how few there are, and would read the whole table.
 FIND = """
 WITH RECURSIVE asked AS (
     SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(most)s::int[])
@@ -97,22 +118,23 @@ WITH RECURSIVE asked AS (
 ), tenants AS (
     SELECT provider, lane, route,
         coalesce(cursor, '00000000-0000-0000-0000-000000000000') AS tenant_id,
-        coalesce(wanted, greatest(most, %(least)s)) AS most, false AS is_due, 0 AS found, 0 AS seen
+        coalesce(wanted, greatest(most, %(least)s)) AS most, false AS is_due, 0 AS seen
     FROM lines LEFT JOIN remembered USING (provider, lane, route) WHERE route <> ''
     UNION ALL
-    SELECT s.provider, s.lane, s.route, n.tenant_id, s.most, n.is_due, s.found + n.is_due::int,
-        s.seen + 1
+    SELECT s.provider, s.lane, s.route, n.tenant_id, s.most, n.is_due, s.seen + 1
     FROM tenants s CROSS JOIN LATERAL (
         SELECT tenant_id, not_before <= statement_timestamp() AS is_due FROM llmtasks_task
         WHERE status = 'waiting' AND provider = s.provider AND lane = s.lane
             AND route = s.route AND tenant_id > s.tenant_id
         ORDER BY tenant_id, not_before LIMIT 1
     ) n
-    WHERE s.found < s.most AND s.seen < %(seen)s
+    WHERE s.seen < s.most
+), numbered AS (
+    SELECT *, max(seen) OVER (PARTITION BY provider, lane, route) AS last FROM tenants
 )
-SELECT f.provider, f.lane, f.route, f.tenant_id, f.is_due,
-    f.found >= f.most OR f.seen >= %(seen)s, coalesce(t.weight, 1)
-FROM tenants f LEFT JOIN llmtasks_tenant t ON t.id = f.tenant_id AND f.is_due
+SELECT f.provider, f.lane, f.route, f.tenant_id, f.is_due, f.seen >= f.most, coalesce(t.weight, 1)
+FROM numbered f LEFT JOIN llmtasks_tenant t ON t.id = f.tenant_id AND f.is_due
+WHERE f.is_due OR f.seen = f.last
 ORDER BY f.seen
 """
 
@@ -212,6 +234,7 @@ def pick(
     now = time.monotonic()
     turns.begin_round(now)
     most = {place: min(count, MOST_A_ROUND) for place, count in free.items()}
+    look(most, turns)
     lines = find(most, turns)
     room = Room.now({route for *_, route in lines}, unbegun or {}, limits)
     turns.closed = {line for line in lines if room.of_route(line[2]) < 1}
@@ -232,6 +255,30 @@ def pick(
     return mark(chosen)
 
 
+def look(places: Iterable[Place], turns: Turns) -> None:
+    """Remember whose tasks became due since the last look."""
+    since = {place: turns.looked.get(place) or pulse.now() - LATE for place in places}
+    values = {
+        "providers": [provider for provider, _ in since],
+        "lanes": [lane for _, lane in since],
+        "since": list(since.values()),
+        "most": MOST_DUE,
+    }
+    read: Counter[Place] = Counter()
+    until = dict(since)
+    found: dict[Line, dict[UUID, int]] = {}
+    for provider, lane, route, tenant, last, number, weight in fetch(DUE, values):
+        place = (provider, lane)
+        read[place] += number
+        until[place] = max(until[place], last)
+        found.setdefault((provider, lane, route), {})[tenant] = weight
+    for line, weights in found.items():
+        turns.found(line, weights)
+    for place, last in until.items():
+        is_all = read[place] < MOST_DUE
+        turns.looked[place] = max(since[place], last - LATE) if is_all else last
+
+
 def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
     """The lines in which somebody waits. Tenants that are found there are remembered."""
     known = [line for line in turns.lines if line[:2] in most]
@@ -245,7 +292,6 @@ def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
         "cursors": [turns.lines[line].cursor for line in known],
         "wanted": [turns.wanted(line) for line in known],
         "least": LEAST_SEARCHED,
-        "seen": MOST_SEEN,
     }
     found: dict[Line, dict[UUID, int]] = {}
     cursors: dict[Line, UUID] = {}
@@ -257,7 +303,7 @@ def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
             weights[tenant] = weight
     turns.drop(line for line in known if line not in found)
     for line, weights in found.items():
-        turns.found(line, weights, cursors[line])
+        turns.searched(line, weights, cursors[line])
     return list(found)
 
 

@@ -31,7 +31,7 @@ COST = 1.0
 MOST_PASSES = 10_000
 MOST_KNOWN = 50_000
 # Tenants that are searched for in a line in a round, if there are so many.
-LEAST_SEARCHED = 100
+LEAST_SEARCHED = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,12 @@ class Stride:
 
 @dataclass(slots=True)
 class Waiting:
-    """Who is known to wait in one line, by weight, and where the search for others goes on."""
+    """Who is known to wait in one line, by weight, where the search for others goes on, and whether
+    it went round once."""
 
     weights: dict[UUID, int] = field(default_factory=dict)
     cursor: UUID = NOBODY
+    went_round: bool = False
 
 
 @dataclass(slots=True)
@@ -88,6 +90,8 @@ class Turns:
 
     strides: dict[Place, Stride] = field(default_factory=dict)
     lines: dict[Line, Waiting] = field(default_factory=dict)
+    # What was due by this time at a place was looked at.
+    looked: dict[Place, datetime] = field(default_factory=dict)
     # Tenants whose own limits have no room: not asked for again before this time (monotonic).
     parked: dict[UUID, float] = field(default_factory=dict)
     # Whether somebody was parked in this round: others may come after them.
@@ -111,15 +115,21 @@ class Turns:
         for line in list(lines):
             del self.lines[line]
 
-    def found(self, line: Line, weights: Mapping[UUID, int], cursor: UUID) -> None:
-        """Tenants that wait in a line, and where the next search begins."""
+    def found(self, line: Line, weights: Mapping[UUID, int]) -> None:
+        """Tenants that wait in a line."""
         waiting = self.lines.setdefault(line, Waiting())
-        waiting.cursor = cursor
         waiting.weights.update(weights)
         if sum(len(each.weights) for each in self.lines.values()) > MOST_KNOWN:
             for each in self.lines.values():
-                each.weights = {}
+                each.weights, each.went_round = {}, False
             waiting.weights = dict(weights)
+
+    def searched(self, line: Line, weights: Mapping[UUID, int], cursor: UUID) -> None:
+        """Tenants that a search found in a line, and where the next one begins."""
+        self.found(line, weights)
+        waiting = self.lines[line]
+        waiting.cursor = cursor
+        waiting.went_round |= cursor == NOBODY
 
     def park(self, tenants: Iterable[UUID], until: float) -> None:
         """Not before `until`, and then after those who were not looked at yet."""
@@ -155,8 +165,12 @@ class Turns:
 
     def wanted(self, line: Line) -> int:
         """How many tenants to search for in a line: as many as had turns in the last round, so
-        that a newcomer is found before the others had two."""
-        return 0 if line in self.closed else max(self.given.get(line[:2], 0), LEAST_SEARCHED)
+        that each is found before the others had two. Once all were, few: what becomes due is seen
+        at once, and the search finds what was missed."""
+        if line in self.closed:
+            return 0
+        given = 0 if self.lines[line].went_round else self.given.get(line[:2], 0)
+        return max(given, LEAST_SEARCHED)
 
     def end_round(self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Sequence[Head]) -> None:
         """Forget who has nothing more in a line: a search finds them again."""

@@ -166,6 +166,12 @@ class Task(models.Model):
                 name="task_waiting_room",
                 condition=Q(status="waiting"),
             ),
+            # What became due of late.
+            models.Index(
+                fields=("provider", "lane", "not_before"),
+                name="task_due",
+                condition=Q(status="waiting"),
+            ),
             # Small by construction: the dispatcher bounds what is released.
             models.Index(
                 fields=("status", "provider", "lane"),

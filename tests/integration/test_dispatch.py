@@ -11,7 +11,7 @@ import redis as redis_py
 from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 
-from llmtasks import dispatch, pulse, queues, stores
+from llmtasks import dispatch, pulse, queues, stores, turns
 from llmtasks.dispatch import Dispatcher
 from llmtasks.guards import rate_limit
 from llmtasks.guards.meters import Away
@@ -285,6 +285,50 @@ def test_a_newcomer_among_many_tenants_waits_for_two_rounds_at_the_most():
         end_one()
     single.refresh_from_db()
     assert single.status == "succeeded"
+
+
+@pytest.fixture
+def many_with_nothing_due(monkeypatch) -> Turns:
+    """Turns of a dispatcher that looked at some of them."""
+    monkeypatch.setattr(turns, "LEAST_SEARCHED", 1)
+    serve("sandbox", slots=4)
+    for _ in range(30):
+        waiting(1, not_before=timezone.now() + timedelta(hours=1))
+    known = Turns()
+    assert dispatch.release(known) == (0, False)
+    return known
+
+
+def test_a_newcomer_among_many_of_whom_nothing_is_due_is_released_at_once(many_with_nothing_due):
+    waiting(2, not_before=timezone.now())
+    assert dispatch.release(many_with_nothing_due)[0] == 2
+
+
+def test_a_task_is_released_as_soon_as_it_is_due(many_with_nothing_due):
+    waiting(1, not_before=timezone.now() + timedelta(seconds=0.3))
+    assert dispatch.release(many_with_nothing_due) == (0, False)
+    time.sleep(0.3)
+    assert dispatch.release(many_with_nothing_due)[0] == 1
+
+
+def test_what_was_committed_late_is_found_by_the_search(many_with_nothing_due):
+    [late] = waiting(1, not_before=timezone.now() - timedelta(minutes=1))
+    for _ in range(31):
+        dispatch.release(many_with_nothing_due)
+    late.refresh_from_db()
+    assert late.status == "queued"
+
+
+def test_a_burst_of_one_tenant_hides_no_other(many_with_nothing_due, monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_DUE", 4)
+    waiting(20, not_before=timezone.now())
+    waiting(1, not_before=timezone.now())
+    known, tenants = many_with_nothing_due, set()
+    for _ in range(7):
+        dispatch.release(known)
+        tenants |= set(Task.objects.filter(status="queued").values_list("tenant_id", flat=True))
+        Task.objects.filter(status="queued").update(status="succeeded")
+    assert len(tenants) == 2
 
 
 def test_a_tenants_turns_count_over_all_its_routes():

@@ -1,6 +1,6 @@
 """With 200,000 waiting rows no statement of the loops reads the whole table."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from uuid_utils.compat import uuid7
@@ -49,7 +49,15 @@ STATEMENTS = {
             "cursors": [uuid7(), NOBODY],
             "wanted": [48, 0],
             "least": LEAST_SEARCHED,
-            "seen": dispatch.MOST_SEEN,
+        },
+    ),
+    "DUE": (
+        dispatch.DUE,
+        {
+            "providers": ["sandbox", "other"],
+            "lanes": ["default", "bulk"],
+            "since": [datetime.now(UTC) - timedelta(seconds=0.5)] * 2,
+            "most": dispatch.MOST_DUE,
         },
     ),
     "HEADS": (
@@ -101,7 +109,7 @@ def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
         scans = [line for line in plan if "Seq Scan on llmtasks_task " in line]
         assert not scans, "\n".join([name, *plan])
     # A round of the dispatcher over this waiting room reads few pages of it.
-    for name in ("FIND", "HEADS"):
+    for name in ("FIND", "DUE", "HEADS"):
         sql, values = STATEMENTS[name]
         plan = [line for (line,) in stores.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {sql}", values)]
         buffers = next(line for line in plan if "Buffers:" in line)

@@ -121,7 +121,7 @@ def test_who_waits_in_many_lines_takes_no_newcomers_place(monkeypatch, most):
             newcomers[newcomer] = given_by_now
         known.begin_round(float(number))
         for line in lines:
-            known.found(line, {tenant: 1 for tenant, own in waiting[line].items() if own}, NOBODY)
+            known.found(line, {tenant: 1 for tenant, own in waiting[line].items() if own})
         asks, until = dispatch.asks_at(lines[0][:2], most, lines, known, room)
         ready = [
             Head(uuid7(), ask, START + timedelta(seconds=age))
@@ -164,7 +164,7 @@ def test_a_full_memory_is_emptied(monkeypatch):
     monkeypatch.setattr(turns, "MOST_KNOWN", 10)
     known = Turns()
     for _ in range(4):
-        known.found(LINE, {uuid7(): 1 for _ in range(4)}, uuid7())
+        known.found(LINE, {uuid7(): 1 for _ in range(4)})
         assert sum(len(each.weights) for each in known.lines.values()) <= 10
     assert len(known.lines[LINE].weights) in (4, 8)
 
@@ -172,7 +172,7 @@ def test_a_full_memory_is_emptied(monkeypatch):
 def test_who_has_nothing_left_is_forgotten_and_found_again():
     known = Turns()
     a, b = uuid7(), uuid7()
-    known.found(LINE, {a: 1, b: 1}, NOBODY)
+    known.found(LINE, {a: 1, b: 1})
     asks = [Ask(LINE, a, 1, 2), Ask(LINE, b, 1, 2)]
     found = [Head(uuid7(), asks[0], START), *(Head(uuid7(), asks[1], START) for _ in range(2))]
     known.end_round(asks, found, found)
@@ -182,7 +182,7 @@ def test_who_has_nothing_left_is_forgotten_and_found_again():
 def test_who_had_no_room_is_not_asked_for_a_while():
     known = Turns()
     a, b = uuid7(), uuid7()
-    known.found(LINE, {a: 1, b: 1}, NOBODY)
+    known.found(LINE, {a: 1, b: 1})
     known.park([a], until=10.0)
     assert known.first_in(LINE, 5) == [b]
     assert known.has_parked
@@ -194,11 +194,14 @@ def test_who_had_no_room_is_not_asked_for_a_while():
 
 def test_as_many_are_searched_for_as_had_turns():
     known = Turns()
-    known.found(LINE, {uuid7(): 1}, NOBODY)
+    known.searched(LINE, {uuid7(): 1}, uuid7())
     assert known.wanted(LINE) == turns.LEAST_SEARCHED
     ask = Ask(LINE, uuid7(), 1, 1000)
     given = [Head(uuid7(), ask, START) for _ in range(300)]
     known.end_round([ask], given, given)
     assert known.wanted(LINE) == 300
+    # Once it went round, it only finds what the looks missed.
+    known.searched(LINE, {}, NOBODY)
+    assert known.wanted(LINE) == turns.LEAST_SEARCHED
     known.closed = {LINE}
     assert known.wanted(LINE) == 0
