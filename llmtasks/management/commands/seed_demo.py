@@ -21,8 +21,16 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 
 from llmtasks.management.commands import import_prices
-from llmtasks.management.configure import MADE, put, put_candidate, put_provider
-from llmtasks.models import ApiKey, Price, Provider, Route, Tenant
+from llmtasks.management.configure import Row, put, put_provider
+from llmtasks.models import (
+    ApiKey,
+    Price,
+    Provider,
+    ProviderModel,
+    Route,
+    RouteCandidate,
+    Tenant,
+)
 from llmtasks.models.tenancy import split
 
 TENANT = "demo"
@@ -187,10 +195,40 @@ def seed_account(adapter: str, url: str, ending: str = "") -> Provider:
 
 
 def add_routes(pairs: list[tuple[Provider, str, str]], kind: str) -> int:
-    """How many candidates had to be made."""
-    return sum(
-        put_candidate(provider, route, model, kind)[1] == MADE for provider, route, model in pairs
-    )
+    """Like `put_candidate` for each of them, in a few statements: there are hundreds. How many
+    candidates had to be made."""
+    models = {
+        (model.provider_id, model.name): model
+        for model in ProviderModel.objects.filter(provider__price_family=FAMILY)
+    }
+    add(models, {(p.pk, name): ProviderModel(provider=p, name=name) for p, _, name in pairs})
+    names = [name for _, name, _ in pairs]
+    routes = {route.name: route for route in Route.objects.filter(name__in=names)}
+    if other := next((route for route in routes.values() if route.kind != kind), None):
+        raise CommandError(f"the route {other.name!r} is one for {other.kind}, not for {kind}")
+    add(routes, {name: Route(name=name, kind=kind) for name in names})
+    stored = RouteCandidate.objects.filter(route__name__in=names)
+    candidates = {(row.route_id, row.model_id): row for row in stored}
+    after = {row.route_id: row.position + 1 for row in stored.order_by("position")}
+    made = {}
+    for provider, name, model_name in pairs:
+        route, model = routes[name], models[provider.pk, model_name]
+        if (route.pk, model.pk) not in candidates and (route.pk, model.pk) not in made:
+            position = after.get(route.pk, 0)
+            made[route.pk, model.pk] = RouteCandidate(route=route, model=model, position=position)
+            after[route.pk] = position + 1
+    return add(candidates, made)
+
+
+def add(known: dict[Any, Row], wanted: dict[Any, Row]) -> int:
+    """Make the rows that are not known, and add them there. Raises `ValidationError`."""
+    missing = {key: row for key, row in wanted.items() if key not in known}
+    for row in missing.values():
+        row.clean_fields()
+    if missing:
+        type(next(iter(missing.values())))._default_manager.bulk_create(missing.values())
+    known.update(missing)
+    return len(missing)
 
 
 def price(models: list[str], amounts: dict[str, Decimal]) -> None:
