@@ -1,6 +1,7 @@
 """The dispatcher: releases waiting tasks to the workers, as many as there is room for.
 
-    lead → (each second: sweep) → release: windows → find who waits → room → choose → mark → publish
+    lead → (each second: sweep) → release:
+        windows → who became due, who waits → room → choose → mark → publish
 
 One process leads, by a lease; two leaders for a moment are harmless, since every move is a
 conditional UPDATE. A million waiting tasks are rows: what is outstanding in the broker is bounded
@@ -12,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -31,8 +32,8 @@ from llmtasks.models import Lane, Status
 from llmtasks.room import Limits, Room, windows
 from llmtasks.stores import fetch, redis_client
 from llmtasks.turns import (
-    LEAST_SEARCHED,
     NOBODY,
+    SEARCHED,
     Ask,
     Head,
     Line,
@@ -101,16 +102,15 @@ FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(since)s::timestamptz[])
 # planner can't tell how few there are, and would read the whole table.
 FIND = """
 WITH RECURSIVE asked AS (
-    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(most)s::int[])
-        AS a(provider, lane, most)
+    SELECT * FROM unnest(%(providers)s::text[], %(lanes)s::text[]) AS a(provider, lane)
 ), remembered AS (
     SELECT * FROM unnest(%(line_providers)s::text[], %(line_lanes)s::text[],
         %(line_routes)s::text[], %(cursors)s::uuid[], %(wanted)s::int[])
         AS r(provider, lane, route, cursor, wanted)
 ), lines AS (
-    SELECT provider, lane, most, '' AS route FROM asked
+    SELECT provider, lane, '' AS route FROM asked
     UNION ALL
-    SELECT l.provider, l.lane, l.most, n.route FROM lines l CROSS JOIN LATERAL (
+    SELECT l.provider, l.lane, n.route FROM lines l CROSS JOIN LATERAL (
         SELECT route::text FROM llmtasks_task
         WHERE status = 'waiting' AND provider = l.provider AND lane = l.lane AND route > l.route
         ORDER BY route LIMIT 1
@@ -118,7 +118,7 @@ WITH RECURSIVE asked AS (
 ), tenants AS (
     SELECT provider, lane, route,
         coalesce(cursor, '00000000-0000-0000-0000-000000000000') AS tenant_id,
-        coalesce(wanted, greatest(most, %(least)s)) AS most, false AS is_due, 0 AS seen
+        coalesce(wanted, %(searched)s) AS most, false AS is_due, 0 AS seen
     FROM lines LEFT JOIN remembered USING (provider, lane, route) WHERE route <> ''
     UNION ALL
     SELECT s.provider, s.lane, s.route, n.tenant_id, s.most, n.is_due, s.seen + 1
@@ -209,6 +209,7 @@ def release(turns: Turns, limits: Limits = rate_limit.rooms) -> tuple[int, bool]
         queues.publish((h.task_id, h.seq, h.provider, h.lane) for h in hints)
     except BROKER_AWAY:
         fetch(PUT_BACK, {"ids": [h.task_id for h in hints]})
+        turns.search_anew()
         raise
     crash.point("dispatch.published")
     tell(hints)
@@ -279,19 +280,18 @@ def look(places: Iterable[Place], turns: Turns) -> None:
         turns.looked[place] = max(since[place], last - LATE) if is_all else last
 
 
-def find(most: Mapping[Place, int], turns: Turns) -> list[Line]:
+def find(places: Collection[Place], turns: Turns) -> list[Line]:
     """The lines in which somebody waits. Tenants that are found there are remembered."""
-    known = [line for line in turns.lines if line[:2] in most]
+    known = [line for line in turns.lines if line[:2] in places]
     values = {
-        "providers": [provider for provider, _ in most],
-        "lanes": [lane for _, lane in most],
-        "most": list(most.values()),
+        "providers": [provider for provider, _ in places],
+        "lanes": [lane for _, lane in places],
         "line_providers": [provider for provider, _, _ in known],
         "line_lanes": [lane for _, lane, _ in known],
         "line_routes": [route for _, _, route in known],
         "cursors": [turns.lines[line].cursor for line in known],
         "wanted": [turns.wanted(line) for line in known],
-        "least": LEAST_SEARCHED,
+        "searched": SEARCHED,
     }
     found: dict[Line, dict[UUID, int]] = {}
     cursors: dict[Line, UUID] = {}
@@ -360,9 +360,9 @@ def mark(chosen: Sequence[Head]) -> list[Hint]:
 @dataclass
 class Dispatcher:
     """The loop of the dispatcher's process. `take_over` is called when it comes to lead, `sweep`
-    each second while it does."""
+    each second while it does: how many tasks it moved."""
 
-    sweep: Callable[[], object]
+    sweep: Callable[[], int]
     stopped: threading.Event
     take_over: Callable[[], object] = lambda: None
     epoch: int = 0
@@ -410,7 +410,8 @@ class Dispatcher:
         now = time.monotonic()
         if now - self.swept_at >= SWEEP_S and now >= self.patient_until:
             self.swept_at = now
-            self.sweep()
+            if self.sweep():
+                self.turns.search_anew()
         wake_s = self.wake_parents(now)
         released, is_soon = release(self.turns)
         self.fruitless = self.fruitless + 1 if is_soon and not released else 0

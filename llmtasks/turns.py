@@ -30,8 +30,11 @@ COST = 1.0
 # One more, and the memory is emptied: as after a change of the leader the tenants are found anew.
 MOST_PASSES = 10_000
 MOST_KNOWN = 50_000
-# Tenants that are searched for in a line in a round, if there are so many.
-LEAST_SEARCHED = 50
+# Tenants that are searched for in a line in a round: as many as have turns in one at the most, so
+# that each is found before the others had two. Once all were, what becomes due is seen at once, and
+# the search is for what that missed.
+SEARCHED = 500
+SEARCHED_AGAIN = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,6 @@ class Turns:
     has_parked: bool = False
     # Lines that had no room in the last round: nobody is searched for there.
     closed: set[Line] = field(default_factory=set)
-    # The turns that were given in the last round.
-    given: Counter[Place] = field(default_factory=Counter)
     rounds: int = 0
 
     def stride(self, place: Place) -> Stride:
@@ -130,6 +131,11 @@ class Turns:
         waiting = self.lines[line]
         waiting.cursor = cursor
         waiting.went_round |= cursor == NOBODY
+
+    def search_anew(self) -> None:
+        """Tasks came back with a time that was looked at before."""
+        for waiting in self.lines.values():
+            waiting.cursor, waiting.went_round = NOBODY, False
 
     def park(self, tenants: Iterable[UUID], until: float) -> None:
         """Not before `until`, and then after those who were not looked at yet."""
@@ -164,13 +170,10 @@ class Turns:
         return [pair for *_, pair in first[:most]], first[most][0] if first[most:] else NEVER
 
     def wanted(self, line: Line) -> int:
-        """How many tenants to search for in a line: as many as had turns in the last round, so
-        that each is found before the others had two. Once all were, few: what becomes due is seen
-        at once, and the search finds what was missed."""
+        """How many tenants to search for in a line."""
         if line in self.closed:
             return 0
-        given = 0 if self.lines[line].went_round else self.given.get(line[:2], 0)
-        return max(given, LEAST_SEARCHED)
+        return SEARCHED_AGAIN if self.lines[line].went_round else SEARCHED
 
     def end_round(self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Sequence[Head]) -> None:
         """Forget who has nothing more in a line: a search finds them again."""
@@ -179,7 +182,6 @@ class Turns:
         for ask in asks:
             if there[ask] < ask.most and there[ask] == given[ask]:
                 self.lines[ask.line].weights.pop(ask.tenant_id, None)
-        self.given = Counter(head.ask.line[:2] for head in chosen)
 
 
 def in_turn(names: Sequence[T], rounds: int) -> list[T]:

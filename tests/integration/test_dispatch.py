@@ -290,7 +290,7 @@ def test_a_newcomer_among_many_tenants_waits_for_two_rounds_at_the_most():
 @pytest.fixture
 def many_with_nothing_due(monkeypatch) -> Turns:
     """Turns of a dispatcher that looked at some of them."""
-    monkeypatch.setattr(turns, "LEAST_SEARCHED", 1)
+    monkeypatch.setattr(turns, "SEARCHED_AGAIN", 1)
     serve("sandbox", slots=4)
     for _ in range(30):
         waiting(1, not_before=timezone.now() + timedelta(hours=1))
@@ -317,6 +317,14 @@ def test_what_was_committed_late_is_found_by_the_search(many_with_nothing_due):
         dispatch.release(many_with_nothing_due)
     late.refresh_from_db()
     assert late.status == "queued"
+
+
+def test_what_was_put_back_is_searched_for_at_once(many_with_nothing_due):
+    [task] = waiting(1, not_before=timezone.now() - timedelta(minutes=1))
+    dispatcher = Dispatcher(lambda: 1, threading.Event(), turns=many_with_nothing_due)
+    dispatcher.turn()
+    task.refresh_from_db()
+    assert task.status == "queued"
 
 
 def test_a_burst_of_one_tenant_hides_no_other(many_with_nothing_due, monkeypatch):
@@ -473,10 +481,11 @@ def test_what_could_not_be_sent_waits_again(monkeypatch, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(queues, "publish", away)
+        known = Turns()
         with pytest.raises(error):
-            dispatch.release(Turns())
+            dispatch.release(known)
     assert by_status() == {"waiting": 3}
-    assert dispatch.release(Turns())[0] == 3
+    assert dispatch.release(known)[0] == 3
     assert set(Task.objects.values_list("seq", flat=True)) == {2}
 
 
@@ -500,7 +509,7 @@ def test_the_loop_releases_sweeps_and_hands_the_lead_on():
     serve("sandbox")
     swept = threading.Event()
     taken = threading.Event()
-    first = Dispatcher(swept.set, threading.Event(), taken.set)
+    first = Dispatcher(lambda: swept.set() or 0, threading.Event(), taken.set)
     thread = run_loop(first)
     try:
         until(lambda: Config.objects.get().leader == pulse.owner_id())
@@ -518,7 +527,7 @@ def test_the_loop_releases_sweeps_and_hands_the_lead_on():
 
 
 def test_one_leads_until_its_lease_runs_out(monkeypatch):
-    me = Dispatcher(lambda: None, threading.Event())
+    me = Dispatcher(lambda: 0, threading.Event())
     assert me.lead()
     Config.objects.update(leader="00000000-0000-0000-0000-000000000001")
     me.led_at = float("-inf")
@@ -542,7 +551,7 @@ def test_the_loop_survives_whatever_a_round_raises(monkeypatch):
         return real(self)
 
     monkeypatch.setattr(Dispatcher, "turn", turn)
-    dispatcher = Dispatcher(lambda: None, threading.Event())
+    dispatcher = Dispatcher(lambda: 0, threading.Event())
     thread = run_loop(dispatcher)
     try:
         until(lambda: Config.objects.get().leader == pulse.owner_id())
@@ -559,7 +568,7 @@ def test_a_lock_that_took_too_long_is_no_outage(monkeypatch):
     error = OperationalError("x")
     error.__cause__ = psycopg.errors.LockNotAvailable()
     monkeypatch.setattr(dispatch, "AWAY_S", 0.01)
-    dispatcher = Dispatcher(lambda: None, threading.Event())
+    dispatcher = Dispatcher(lambda: 0, threading.Event())
 
     def turn(self: Dispatcher) -> float:
         self.stopped.set()
@@ -573,7 +582,7 @@ def test_a_lock_that_took_too_long_is_no_outage(monkeypatch):
 def test_a_full_lane_is_looked_at_less_and_less_often():
     serve("sandbox", slots=1)
     waiting(3)
-    dispatcher = Dispatcher(lambda: None, threading.Event())
+    dispatcher = Dispatcher(lambda: 0, threading.Event())
     assert dispatcher.turn() == dispatch.BUSY_POLL_S
     waits = [dispatcher.turn() for _ in range(40)]
     assert waits == sorted(waits)
@@ -584,7 +593,7 @@ def test_a_full_lane_is_looked_at_less_and_less_often():
 
 def test_nothing_is_swept_while_it_is_patient():
     swept: list[int] = []
-    dispatcher = Dispatcher(lambda: swept.append(1), threading.Event())
+    dispatcher = Dispatcher(lambda: swept.append(1) or 0, threading.Event())
     dispatcher.patient_until = time.monotonic() + 60
     dispatcher.turn()
     assert swept == []

@@ -6,7 +6,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from llmtasks import backlog, dispatch, ledger, pulse, room, stores, sweep, tasks
-from llmtasks.turns import LEAST_SEARCHED, NOBODY
+from llmtasks.turns import NOBODY, SEARCHED
 
 ROWS = 200_000
 # A slow machine has a statement's time for so many.
@@ -42,13 +42,12 @@ STATEMENTS = {
         {
             "providers": ["sandbox", "other"],
             "lanes": ["default", "bulk"],
-            "most": [48, 48],
             "line_providers": ["sandbox", "sandbox"],
             "line_lanes": ["default", "default"],
             "line_routes": ["echo", "closed"],
             "cursors": [uuid7(), NOBODY],
-            "wanted": [48, 0],
-            "least": LEAST_SEARCHED,
+            "wanted": [500, 0],
+            "searched": SEARCHED,
         },
     ),
     "DUE": (

@@ -192,16 +192,13 @@ def test_who_had_no_room_is_not_asked_for_a_while():
     assert known.first_in(LINE, 5) == [b, a]
 
 
-def test_as_many_are_searched_for_as_had_turns():
+def test_once_a_search_went_round_few_are_searched_for():
     known = Turns()
     known.searched(LINE, {uuid7(): 1}, uuid7())
-    assert known.wanted(LINE) == turns.LEAST_SEARCHED
-    ask = Ask(LINE, uuid7(), 1, 1000)
-    given = [Head(uuid7(), ask, START) for _ in range(300)]
-    known.end_round([ask], given, given)
-    assert known.wanted(LINE) == 300
-    # Once it went round, it only finds what the looks missed.
+    assert known.wanted(LINE) == turns.SEARCHED
     known.searched(LINE, {}, NOBODY)
-    assert known.wanted(LINE) == turns.LEAST_SEARCHED
+    assert known.wanted(LINE) == turns.SEARCHED_AGAIN
+    known.search_anew()
+    assert known.wanted(LINE) == turns.SEARCHED
     known.closed = {LINE}
     assert known.wanted(LINE) == 0
