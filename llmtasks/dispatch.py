@@ -29,7 +29,7 @@ from llmtasks import crash, events, pulse, queues, steps, stores
 from llmtasks.guards import rate_limit
 from llmtasks.guards.meters import Away
 from llmtasks.models import Lane, Status
-from llmtasks.room import Limits, Room, windows
+from llmtasks.room import URGENT, Limits, Room, Stream, windows
 from llmtasks.stores import fetch, redis_client
 from llmtasks.turns import (
     NOBODY,
@@ -229,7 +229,7 @@ def pick(
     free: Mapping[Place, int],
     turns: Turns,
     limits: Limits = rate_limit.rooms,
-    unbegun: Mapping[str, int] | None = None,
+    unbegun: Mapping[Stream, int] | None = None,
 ) -> list[Hint]:
     """Move as many due tasks to `queued` as there is room for, and name them in order."""
     now = time.monotonic()
@@ -237,21 +237,20 @@ def pick(
     most = {place: min(count, MOST_A_ROUND) for place, count in free.items()}
     look(most, turns)
     lines = find(most, turns)
-    room = Room.now({route for *_, route in lines}, unbegun or {}, limits)
-    turns.closed = {line for line in lines if room.of_route(line[2]) < 1}
+    rooms = rooms_of(lines, unbegun or {}, limits)
+    turns.closed = {line for line in lines if rooms[line[1]].of_route(line[2]) < 1}
     asks: list[Ask] = []
     until: dict[Place, float] = {}
     for place, count in most.items():
-        mine, until[place] = asks_at(place, count, lines, turns, room)
+        mine, until[place] = asks_at(place, count, lines, turns, rooms[place[1]])
         asks += mine
-    room.ask_tenants({ask.tenant_id for ask in asks})
-    turns.park(room.full_tenants(), now + PARK_S)
-    asks = [ask for ask in asks if ask.tenant_id not in turns.parked]
+    asks = with_room(asks, rooms, turns, now)
     heads = find_heads(asks)
     chosen: list[Head] = []
     for place in in_order(most, turns.rounds):
         at = [head for head in heads if head.ask.line[:2] == place]
-        chosen += choose(at, turns.stride(place), most[place], room.take, until[place])
+        take = rooms[place[1]].take
+        chosen += choose(at, turns.stride(place), most[place], take, until[place])
     turns.end_round(asks, heads, chosen)
     return mark(chosen)
 
@@ -305,6 +304,31 @@ def find(places: Collection[Place], turns: Turns) -> list[Line]:
     for line, weights in found.items():
         turns.searched(line, weights, cursors[line])
     return list(found)
+
+
+def rooms_of(
+    lines: Collection[Line], unbegun: Mapping[Stream, int], limits: Limits
+) -> dict[str, Room]:
+    """The room of each lane: that of people is asked for where some of them wait."""
+    background = Room.now({route for *_, route in lines}, unbegun, limits)
+    rooms = dict.fromkeys(LANES, background)
+    if urgent := {route for _, lane, route in lines if lane in URGENT}:
+        rooms |= dict.fromkeys(URGENT, Room.now(urgent, unbegun, limits, background))
+    return rooms
+
+
+def with_room(
+    asks: Sequence[Ask], rooms: Mapping[str, Room], turns: Turns, now: float
+) -> list[Ask]:
+    """Those whose tenants' own limits leave any; the others are asked for again after PARK_S."""
+    left = []
+    for room in {id(room): room for room in rooms.values()}.values():
+        mine = [ask for ask in asks if rooms[ask.line[1]] is room]
+        room.ask_tenants({ask.tenant_id for ask in mine})
+        full = room.full_tenants()
+        turns.park({(a.line[1], a.tenant_id) for a in mine if a.tenant_id in full}, now + PARK_S)
+        left += [ask for ask in mine if ask.tenant_id not in full]
+    return left
 
 
 def asks_at(

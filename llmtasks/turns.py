@@ -95,8 +95,9 @@ class Turns:
     lines: dict[Line, Waiting] = field(default_factory=dict)
     # What was due by this time at a place was looked at.
     looked: dict[Place, datetime] = field(default_factory=dict)
-    # Tenants whose own limits have no room: not asked for again before this time (monotonic).
-    parked: dict[UUID, float] = field(default_factory=dict)
+    # Tenants whose own limits have no room in a lane: not asked for again there before this time
+    # (monotonic).
+    parked: dict[tuple[str, UUID], float] = field(default_factory=dict)
     # Whether somebody was parked in this round: others may come after them.
     has_parked: bool = False
     # Lines that had no room in the last round: nobody is searched for there.
@@ -109,7 +110,7 @@ class Turns:
     def begin_round(self, now: float) -> None:
         self.rounds += 1
         self.has_parked = False
-        self.parked = {tenant: until for tenant, until in self.parked.items() if until > now}
+        self.parked = {who: until for who, until in self.parked.items() if until > now}
 
     def drop(self, lines: Iterable[Line]) -> None:
         """Nobody waits there."""
@@ -137,18 +138,19 @@ class Turns:
         for waiting in self.lines.values():
             waiting.cursor, waiting.went_round = NOBODY, False
 
-    def park(self, tenants: Iterable[UUID], until: float) -> None:
-        """Not before `until`, and then after those who were not looked at yet."""
-        for tenant in tenants:
+    def park(self, who: Iterable[tuple[str, UUID]], until: float) -> None:
+        """Tenants in lanes: not before `until`, and then after those who were not looked at yet."""
+        for lane, tenant in who:
             self.has_parked = True
-            self.parked[tenant] = until
-            for waiting in self.lines.values():
-                if weight := waiting.weights.pop(tenant, None):
+            self.parked[lane, tenant] = until
+            for line, waiting in self.lines.items():
+                if line[1] == lane and (weight := waiting.weights.pop(tenant, None)):
                     waiting.weights[tenant] = weight
 
     def first_in(self, line: Line, most: int) -> list[UUID]:
         """The tenants of a line whose turns start first, in order, at most so many."""
-        ready = (tenant for tenant in self.lines[line].weights if tenant not in self.parked)
+        tenants = self.lines[line].weights
+        ready = (tenant for tenant in tenants if (line[1], tenant) not in self.parked)
         return heapq.nsmallest(most, ready, key=self.stride(line[:2]).start)
 
     def first_of(

@@ -15,10 +15,11 @@ Asked = tuple[Model | UUID, str, Rule]
 
 
 def rooms(
-    models: Sequence[Model], tenants: Sequence[UUID], horizon_s: float
+    models: Sequence[Model], tenants: Sequence[UUID], horizon_s: float, is_urgent: bool = False
 ) -> tuple[dict[Model, float], dict[UUID, float]]:
-    """How many more background calls may begin within `horizon_s`, for (provider, model) and for
-    tenants. What is missing has no limit. Raises `Away`."""
+    """How many more calls may begin within `horizon_s`, for (provider, model) and for tenants: in
+    the background, or (`is_urgent`) for people, from whom nothing is kept back. What is missing has
+    no limit. Raises `Away`."""
     asked = [*of_models(models), *of_tenants(tenants)]
     if not (asked or models):
         return {}, {}
@@ -29,6 +30,7 @@ def rooms(
             "meters": [rule.wire() for _, _, rule in asked],
             "places": [f"{provider}/{model}" for provider, model in models],
             "horizon": int(horizon_s * 1e6),
+            "urgent": is_urgent,
         },
     )
     found: dict[Any, float] = {}

@@ -357,7 +357,7 @@ def test_a_tenants_turns_count_over_all_its_routes():
 
 def limits(models: dict[Any, float] | None = None, tenants: dict[Any, float] | None = None) -> Any:
     """Limits that always say the same."""
-    return lambda asked_models, asked_tenants, horizon_s: (
+    return lambda asked_models, asked_tenants, horizon_s, is_urgent: (
         {m: n for m, n in (models or {}).items() if m in asked_models},
         {t: n for t, n in (tenants or {}).items() if t in asked_tenants},
     )
@@ -401,6 +401,26 @@ def test_urgent_lanes_have_the_room_first(account):
     dispatch.release(Turns(), limits({ECHO: 3.0}))
     lanes = sorted(Task.objects.filter(status="queued").values_list("lane", flat=True))
     assert lanes == ["default", "interactive", "interactive"]
+
+
+def test_who_waits_is_released_beside_a_backlog_that_fills_the_limits(account):
+    factories.route("echo", (account, "echo"))
+    tenant = factories.tenant()
+    for holder in ({"provider": account}, {"tenant": tenant}):
+        Limit.objects.create(unit="requests", window="day", amount=30, **holder)
+    for lane in ("interactive", "default"):
+        serve("sandbox", slots=80, lane=lane)
+    waiting(40, tenant)
+    turns = Turns()
+    assert 20 < dispatch.release(turns)[0] < 30
+    assert dispatch.release(turns)[0] == 0
+    waiting(40, tenant, lane="interactive")
+    # As many as the limits have room for, what is kept back among them, and no more.
+    assert dispatch.release(turns)[0] == 30
+    assert dispatch.release(turns)[0] == 0
+    # What was released for people is not left for background work.
+    Task.objects.filter(lane="default", status="queued").update(status="waiting")
+    assert dispatch.release(turns)[0] == 0
 
 
 def test_a_route_without_room_holds_up_no_other(account):

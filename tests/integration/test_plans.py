@@ -71,7 +71,7 @@ STATEMENTS = {
     ),
     "MARK": (dispatch.MARK, {"ids": IDS}),
     "OUTSTANDING": (room.OUTSTANDING, {}),
-    "UNBEGUN": (room.UNBEGUN, {"tenants": IDS}),
+    "UNBEGUN": (room.UNBEGUN, {"tenants": IDS, "lanes": ["interactive"]}),
     "PUT_BACK of hints": (dispatch.PUT_BACK, {"ids": IDS}),
     "BEAT": (
         pulse.BEAT,

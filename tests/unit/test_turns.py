@@ -183,7 +183,7 @@ def test_who_had_no_room_is_not_asked_for_a_while():
     known = Turns()
     a, b = uuid7(), uuid7()
     known.found(LINE, {a: 1, b: 1})
-    known.park([a], until=10.0)
+    known.park([(LINE[1], a)], until=10.0)
     assert known.first_in(LINE, 5) == [b]
     assert known.has_parked
     known.begin_round(11.0)
