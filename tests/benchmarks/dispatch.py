@@ -5,6 +5,7 @@ Its process is the real one. A lane's workers are rows with many slots and one c
 `consumer.py`); tasks have no bodies, since the dispatcher reads none.
 """
 
+import bisect
 import itertools
 import random
 import statistics
@@ -63,8 +64,16 @@ VALUES (gen_random_uuid(), gen_random_uuid(),
     now() + interval '2 days', 0, 0, 0, 0, 0, 0, 0, 0, '', '', '', '')
 """
 NEWCOMERS = """
-SELECT extract(epoch FROM queued_at - created_at)::float8 * 1000 FROM llmtasks_task
-WHERE "user" = 'newcomer'
+SELECT extract(epoch FROM created_at)::float8, extract(epoch FROM queued_at)::float8
+FROM llmtasks_task WHERE "user" = 'newcomer' AND queued_at IS NOT NULL
+"""
+# Where the newcomers wait: who waits there too, and when turns were given.
+OTHERS = """
+SELECT count(DISTINCT tenant_id) FROM llmtasks_task WHERE provider = 'one' AND "user" = 'bench'
+"""
+TURNS = """
+SELECT extract(epoch FROM queued_at)::float8 FROM llmtasks_task
+WHERE provider = 'one' AND queued_at IS NOT NULL ORDER BY queued_at
 """
 RELEASED = "SELECT count(*) FROM llmtasks_task WHERE status IN ('queued', 'succeeded')"
 OFTEN = "SELECT count(*) FROM llmtasks_task WHERE seq > 1"
@@ -76,6 +85,8 @@ COLUMNS_OF_RELEASES = {
     "least_per_s": "least/s in 5 s",
     "newcomer_p50_ms": "newcomer p50 ms",
     "newcomer_max_ms": "max ms",
+    "newcomer_p50_rounds": "p50 rounds",
+    "newcomer_max_rounds": "max rounds",
     "dispatcher_cpu_s": "CPU s/1000: dispatcher",
     "postgres_cpu_s": "pg",
     "valkey_cpu_s": "valkey",
@@ -245,7 +256,9 @@ def releases(bench: Bench, plan: Plan, heavy_percent: int) -> dict[str, Any]:
         rss.append(dispatcher.memory_info().rss)
     if often := bench.one(OFTEN):
         raise SystemExit(f"{often} tasks were released more than once")
-    late = sorted(found for (found,) in bench.database.execute(NEWCOMERS) if found is not None)
+    came = bench.database.execute(NEWCOMERS).fetchall()
+    late = sorted(1000 * (queued - created) for created, queued in came)
+    rounds = rounds_of(bench, came)
     rates = [(m - n) / (t - s) for (s, n), (t, m) in itertools.pairwise(counts) if t > s]
     return {
         "waiting": plan.rows,
@@ -257,6 +270,8 @@ def releases(bench: Bench, plan: Plan, heavy_percent: int) -> dict[str, Any]:
         "newcomers": len(late),
         "newcomer_p50_ms": round(statistics.median(late), 1) if late else None,
         "newcomer_max_ms": round(late[-1], 1) if late else None,
+        "newcomer_p50_rounds": round(statistics.median(rounds), 2) if rounds else None,
+        "newcomer_max_rounds": round(rounds[-1], 2) if rounds else None,
         **{
             f"{name}_cpu_s": per_1000(before, after, name, counts[-1][1] - first)
             for name in ("dispatcher", "postgres", "valkey", "consumer")
@@ -264,6 +279,17 @@ def releases(bench: Bench, plan: Plan, heavy_percent: int) -> dict[str, Any]:
         "rss_first_mb": round(rss[0] / 2**20, 1),
         "rss_last_mb": round(rss[-1] / 2**20, 1),
     }
+
+
+def rounds_of(bench: Bench, came: list[tuple[float, float]]) -> list[float]:
+    """How many rounds of turns each newcomer waited for, in order: a round is one turn of each
+    tenant who waits for the same provider and lane."""
+    turns = [at for (at,) in bench.database.execute(TURNS)]
+    others = bench.one(OTHERS)
+    return sorted(
+        (bisect.bisect_left(turns, queued) - bisect.bisect_right(turns, created)) / others
+        for created, queued in came
+    )
 
 
 # --- nothing to release ---------------------------------------------------------------------------

@@ -29,8 +29,9 @@ OF_THE_QUEUE = {
 
 OF_RELEASES = {
     "waiting", "heavy_percent", "released", "seconds", "released_per_s", "least_per_s", "newcomers",
-    "newcomer_p50_ms", "newcomer_max_ms", "dispatcher_cpu_s", "postgres_cpu_s", "valkey_cpu_s",
-    "consumer_cpu_s", "rss_first_mb", "rss_last_mb",
+    "newcomer_p50_ms", "newcomer_max_ms", "newcomer_p50_rounds", "newcomer_max_rounds",
+    "dispatcher_cpu_s", "postgres_cpu_s", "valkey_cpu_s", "consumer_cpu_s", "rss_first_mb",
+    "rss_last_mb",
 }  # fmt: skip
 OF_IDLENESS = {"why", "waiting", "dispatcher_cpu", "postgres_cpu", "valkey_cpu"}
 
