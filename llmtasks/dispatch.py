@@ -257,7 +257,8 @@ def pick(
 
 def look(places: Iterable[Place], turns: Turns) -> None:
     """Remember whose tasks became due since the last look."""
-    since = {place: turns.looked.get(place) or pulse.now() - LATE for place in places}
+    now = pulse.now()
+    since = {place: turns.looked.get(place, now - LATE) for place in places}
     values = {
         "providers": [provider for provider, _ in since],
         "lanes": [lane for _, lane in since],
@@ -275,8 +276,7 @@ def look(places: Iterable[Place], turns: Turns) -> None:
     for line, weights in found.items():
         turns.found(line, weights)
     for place, last in until.items():
-        is_all = read[place] < MOST_DUE
-        turns.looked[place] = max(since[place], last - LATE) if is_all else last
+        turns.looked[place] = last if read[place] == MOST_DUE else now - LATE
 
 
 def find(places: Collection[Place], turns: Turns) -> list[Line]:
