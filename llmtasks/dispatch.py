@@ -12,7 +12,6 @@ served first from what the limits leave (`room.py`), tenants take turns (`turns.
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -56,8 +55,8 @@ ROUND_S = 0.005
 MANY = 100
 # The most tasks of a place that one round releases.
 MOST_A_ROUND = 500
-# The most tasks of a place that a look for what became due reads. What is committed later than so
-# long after its time is found by the search.
+# The most tasks that a look for what became due reads. What is committed later than so long after
+# its time is found by the search.
 MOST_DUE = 5000
 LATE = timedelta(seconds=0.5)
 # Tenants beyond the room that are looked at, since some have nothing left.
@@ -81,20 +80,17 @@ RETURNING epoch
 
 RESIGN = "UPDATE llmtasks_config SET leader_until = clock_timestamp() WHERE leader = %(me)s"
 
-# Who has something due at each place since the last look, the oldest first.
+# Whose tasks became due since the last look, and when the last of them did.
 DUE = """
-SELECT p.provider, p.lane, d.route, d.tenant_id, d.last, d.number, coalesce(t.weight, 1)
-FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(since)s::timestamptz[])
-        AS p(provider, lane, since)
-    CROSS JOIN LATERAL (
-        SELECT route, tenant_id, max(not_before) AS last, count(*) AS number FROM (
-            SELECT route, tenant_id, not_before FROM llmtasks_task
-            WHERE status = 'waiting' AND provider = p.provider AND lane = p.lane
-                AND not_before > p.since AND not_before <= statement_timestamp()
-            ORDER BY not_before LIMIT %(most)s
-        ) due GROUP BY route, tenant_id
-    ) d
-    LEFT JOIN llmtasks_tenant t ON t.id = d.tenant_id
+SELECT d.provider, d.lane, d.route, d.tenant_id, coalesce(t.weight, 1), d.last, d.number
+FROM (
+    SELECT provider, lane, route, tenant_id, max(not_before) AS last, count(*) AS number FROM (
+        SELECT provider, lane, route, tenant_id, not_before FROM llmtasks_task
+        WHERE status = 'waiting' AND not_before > '1970-01-01 00:00+00'
+            AND not_before > %(since)s AND not_before <= statement_timestamp()
+        ORDER BY not_before LIMIT %(most)s
+    ) due GROUP BY provider, lane, route, tenant_id
+) d LEFT JOIN llmtasks_tenant t ON t.id = d.tenant_id
 """
 
 # Who waits at each place, by index probes alone: first the routes that wait there, then of each
@@ -138,34 +134,38 @@ WHERE f.is_due OR f.seen = f.last
 ORDER BY f.seen
 """
 
-# The oldest due tasks of tenants in their lines.
+# The oldest due tasks of tenants in their lines. Rows are compared as a whole: column by column
+# another index, of a tenant's tasks, may look as good to the planner.
 HEADS = """
 SELECT h.number, t.id, t.not_before
 FROM unnest(%(providers)s::text[], %(lanes)s::text[], %(routes)s::text[], %(tenants)s::uuid[],
         %(most)s::int[]) WITH ORDINALITY AS h(provider, lane, route, tenant_id, most, number)
 CROSS JOIN LATERAL (
     SELECT id, not_before FROM llmtasks_task
-    WHERE status = 'waiting' AND provider = h.provider AND lane = h.lane AND route = h.route
-        AND tenant_id = h.tenant_id AND not_before <= statement_timestamp()
-    ORDER BY not_before LIMIT h.most
+    WHERE status = 'waiting'
+        AND (provider, lane, route, tenant_id, not_before)
+            >= (h.provider, h.lane, h.route, h.tenant_id, '-infinity')
+        AND (provider, lane, route, tenant_id, not_before)
+            <= (h.provider, h.lane, h.route, h.tenant_id, statement_timestamp())
+    ORDER BY provider, lane, route, tenant_id, not_before LIMIT h.most
 ) t
 """
 
 MARK = """
 WITH picked AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(%(ids)s) AND status = 'waiting' AND not_before <= statement_timestamp()
+    WHERE id = ANY(%(ids)s) AND status || '' = 'waiting' AND not_before <= statement_timestamp()
     ORDER BY id FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task SET status = 'queued', seq = seq + 1, queued_at = clock_timestamp()
-WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND status = 'waiting'
+WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND status || '' = 'waiting'
 RETURNING id, seq, provider, lane, tenant_id
 """
 
 PUT_BACK = """
 WITH unsent AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(%(ids)s) AND status = 'queued'
+    WHERE id = ANY(%(ids)s) AND status || '' = 'queued'
         AND queued_at > clock_timestamp() - interval '1 min'
     ORDER BY id FOR UPDATE
 )
@@ -235,7 +235,7 @@ def pick(
     now = time.monotonic()
     turns.begin_round(now)
     most = {place: min(count, MOST_A_ROUND) for place, count in free.items()}
-    look(most, turns)
+    look(turns)
     lines = find(most, turns)
     rooms = rooms_of(lines, unbegun or {}, limits)
     turns.closed = {line for line in lines if rooms[line[1]].of_route(line[2]) < 1}
@@ -255,28 +255,18 @@ def pick(
     return mark(chosen)
 
 
-def look(places: Iterable[Place], turns: Turns) -> None:
+def look(turns: Turns) -> None:
     """Remember whose tasks became due since the last look."""
     now = pulse.now()
-    since = {place: turns.looked.get(place, now - LATE) for place in places}
-    values = {
-        "providers": [provider for provider, _ in since],
-        "lanes": [lane for _, lane in since],
-        "since": list(since.values()),
-        "most": MOST_DUE,
-    }
-    read: Counter[Place] = Counter()
-    until = dict(since)
+    values = {"since": turns.looked or now - LATE, "most": MOST_DUE}
+    rows = fetch(DUE, values)
     found: dict[Line, dict[UUID, int]] = {}
-    for provider, lane, route, tenant, last, number, weight in fetch(DUE, values):
-        place = (provider, lane)
-        read[place] += number
-        until[place] = max(until[place], last)
+    for provider, lane, route, tenant, weight, *_ in rows:
         found.setdefault((provider, lane, route), {})[tenant] = weight
     for line, weights in found.items():
         turns.found(line, weights)
-    for place, last in until.items():
-        turns.looked[place] = last if read[place] == MOST_DUE else now - LATE
+    is_all = sum(number for *_, number in rows) < MOST_DUE
+    turns.looked = now - LATE if is_all else max(last for *_, last, _ in rows)
 
 
 def find(places: Collection[Place], turns: Turns) -> list[Line]:

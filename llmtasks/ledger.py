@@ -130,7 +130,7 @@ BEGIN_NEW_WITH_KEY = (
 BEGIN_AGAIN = f"""
 WITH t AS (
     UPDATE llmtasks_task SET attempts = attempts + 1, provider = %(provider)s
-    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s RETURNING id
+    WHERE id = %(task)s AND status || '' = 'running' AND fence = %(fence)s RETURNING id
 ) {ATTEMPT_COLUMNS} FROM t RETURNING id"""
 
 
@@ -231,7 +231,7 @@ WITH mine AS (
     SELECT id, CASE WHEN %(status)s::text = 'waiting' AND cancel_requested_at IS NOT NULL
                     THEN 'cancelled' ELSE %(status)s::text END AS status
     FROM llmtasks_task
-    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+    WHERE id = %(task)s AND status || '' = 'running' AND fence = %(fence)s FOR UPDATE
 ), a AS (
     UPDATE llmtasks_attempt SET {SETTLED}
     WHERE id = %(attempt)s AND state = 'sent' AND task_id IN (SELECT id FROM mine)
@@ -477,7 +477,7 @@ SELECT id FROM below ORDER BY id
 CANCEL_MANY = """
 WITH mine AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(%(ids)s) AND status IN ('waiting', 'queued', 'running', 'blocked')
+    WHERE id = ANY(%(ids)s) AND status || '' IN ('waiting', 'queued', 'running', 'blocked')
     ORDER BY id FOR UPDATE
 )
 UPDATE llmtasks_task t SET
@@ -608,7 +608,7 @@ UPDATE llmtasks_task t SET
     status = 'running', fence = fence + 1, owner_id = %(owner)s,
     started_at = coalesce(started_at, clock_timestamp())
 FROM llmtasks_taskpayload p
-WHERE t.id = %(task)s AND p.task_id = t.id AND t.seq = %(seq)s AND t.status = 'queued'
+WHERE t.id = %(task)s AND p.task_id = t.id AND t.seq = %(seq)s AND t.status || '' = 'queued'
 RETURNING {", ".join(f't."{name}"' for name in TASK_COLUMNS)}, p.request
 """
 

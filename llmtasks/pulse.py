@@ -64,7 +64,7 @@ OWNED = "SELECT id FROM llmtasks_task WHERE owner_id = %(id)s AND status = 'runn
 DISOWN = """
 WITH orphans AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(%(orphans)s) AND owner_id = %(id)s AND status = 'running'
+    WHERE id = ANY(%(orphans)s) AND owner_id = %(id)s AND status || '' = 'running'
     ORDER BY id FOR UPDATE
 )
 UPDATE llmtasks_task t SET owner_id = '00000000-0000-0000-0000-000000000000'

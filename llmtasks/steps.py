@@ -19,7 +19,7 @@ UNDECIDED = (Step.Status.APPROVAL, Step.Status.UNKNOWN)
 BEGIN = """
 WITH mine AS (
     SELECT id, tenant_id FROM llmtasks_task
-    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+    WHERE id = %(task)s AND status || '' = 'running' AND fence = %(fence)s FOR UPDATE
 )
 INSERT INTO llmtasks_step (id, task_id, tenant_id, number, kind, name, call_id, status, error_class,
     input, output, started_at, finished_at, decided_by, comment)
@@ -34,7 +34,7 @@ RETURNING id
 FINISH = """
 WITH mine AS (
     SELECT id FROM llmtasks_task
-    WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s FOR UPDATE
+    WHERE id = %(task)s AND status || '' = 'running' AND fence = %(fence)s FOR UPDATE
 )
 UPDATE llmtasks_step s SET status = v.status, error_class = v.error_class, output = v.output,
     finished_at = clock_timestamp()
@@ -60,7 +60,7 @@ UPDATE llmtasks_task t SET
                          ELSE '' END,
     owner_id = NULL, not_before = clock_timestamp(), waits_for = %(children)s,
     may_be_open = %(may_be_open)s
-WHERE id = %(task)s AND status = 'running' AND fence = %(fence)s
+WHERE id = %(task)s AND status || '' = 'running' AND fence = %(fence)s
 RETURNING status
 """
 
@@ -79,7 +79,7 @@ WITH free AS (
     ORDER BY id LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'waiting', not_before = clock_timestamp()
-FROM free WHERE t.id = free.id AND t.status = 'blocked' RETURNING t.id
+FROM free WHERE t.id = free.id AND t.status || '' = 'blocked' RETURNING t.id
 """
 
 # Parents of children that ended lately, and now and then all that are blocked.

@@ -67,18 +67,19 @@ WHERE status = 'queued' AND queued_at < statement_timestamp() - make_interval(se
 PUT_BACK = """
 WITH lost AS (
     SELECT id FROM llmtasks_task
-    WHERE id = ANY(%(lost)s) AND status = 'queued'
+    WHERE id = ANY(%(lost)s) AND status || '' = 'queued'
         AND queued_at < statement_timestamp() - make_interval(secs => %(age)s)
     ORDER BY id FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'waiting', queued_at = NULL
-FROM lost WHERE t.id = lost.id AND t.status = 'queued' RETURNING t.id
+FROM lost WHERE t.id = lost.id AND t.status || '' = 'queued' RETURNING t.id
 """
 
 EXPIRE = """
 WITH late AS (
     SELECT id FROM llmtasks_task
-    WHERE status IN ('waiting', 'queued', 'blocked') AND deadline < statement_timestamp()
+    WHERE status IN ('waiting', 'queued', 'blocked')
+        AND deadline > '1970-01-01 00:00+00' AND deadline < statement_timestamp()
     ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
 )
 UPDATE llmtasks_task t SET status = 'expired', finished_at = clock_timestamp(), owner_id = NULL,

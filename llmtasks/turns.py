@@ -93,8 +93,8 @@ class Turns:
 
     strides: dict[Place, Stride] = field(default_factory=dict)
     lines: dict[Line, Waiting] = field(default_factory=dict)
-    # What was due by this time at a place was looked at.
-    looked: dict[Place, datetime] = field(default_factory=dict)
+    # What was due by this time was looked at.
+    looked: datetime | None = None
     # Tenants whose own limits have no room in a lane: not asked for again there before this time
     # (monotonic).
     parked: dict[tuple[str, UUID], float] = field(default_factory=dict)

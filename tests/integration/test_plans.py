@@ -52,12 +52,7 @@ STATEMENTS = {
     ),
     "DUE": (
         dispatch.DUE,
-        {
-            "providers": ["sandbox", "other"],
-            "lanes": ["default", "bulk"],
-            "since": [datetime.now(UTC) - timedelta(seconds=0.5)] * 2,
-            "most": dispatch.MOST_DUE,
-        },
+        {"since": datetime.now(UTC) - timedelta(seconds=0.5), "most": dispatch.MOST_DUE},
     ),
     "HEADS": (
         dispatch.HEADS,
@@ -99,21 +94,16 @@ STATEMENTS = {
 @pytest.mark.django_db(transaction=True)
 def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
     """One test: the rows take seconds to make."""
-    for first in range(1, ROWS + 20_000, PART):
-        part = {"first": first, "last": first + PART - 1}
-        stores.fetch(FILL, {"rows": ROWS, "heavy": HEAVY, **part})
+    # First as the planner sees a burst: when it looked at the table last, nobody waited.
+    stores.fetch("ALTER TABLE llmtasks_task SET (autovacuum_enabled = false)")
+    stores.fetch(FILL, {"rows": 0, "heavy": HEAVY, "first": ROWS + 1, "last": ROWS + PART})
+    stores.fetch("VACUUM ANALYZE llmtasks_task")
+    for first in range(1, ROWS, PART):
+        stores.fetch(FILL, {"rows": ROWS, "heavy": HEAVY, "first": first, "last": first + PART - 1})
+    few_pages_are_read()
+    stores.fetch("ALTER TABLE llmtasks_task RESET (autovacuum_enabled)")
     stores.fetch("ANALYZE llmtasks_task")
-    for name, (sql, values) in STATEMENTS.items():
-        plan = [line for (line,) in stores.fetch(f"EXPLAIN {sql}", values)]
-        scans = [line for line in plan if "Seq Scan on llmtasks_task " in line]
-        assert not scans, "\n".join([name, *plan])
-    # A round of the dispatcher over this waiting room reads few pages of it.
-    for name in ("FIND", "DUE", "HEADS"):
-        sql, values = STATEMENTS[name]
-        plan = [line for (line,) in stores.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {sql}", values)]
-        buffers = next(line for line in plan if "Buffers:" in line)
-        pages = sum(int(part.partition("=")[2]) for part in buffers.split() if "=" in part)
-        assert pages < 3000, "\n".join([name, *plan])
+    few_pages_are_read()
     # A look at the whole waiting room counts no further than it says.
     [(found,)] = stores.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {backlog.WAITING}", LOOK)
     read = rows_read(stores.loads(found)[0]["Plan"])
@@ -124,6 +114,21 @@ def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
 
 
 LANES = ("interactive", "default", "bulk")
+
+
+# They read all that they are to find: a look at the waiting room, and 400 tasks of the dead.
+LONG = {"WAITING", "TAKE_FROM_DEAD"}
+
+
+def few_pages_are_read() -> None:
+    for name, (sql, values) in STATEMENTS.items():
+        rows = stores.fetch(f"EXPLAIN {'' if name in LONG else '(ANALYZE, BUFFERS)'} {sql}", values)
+        plan = [line for (line,) in rows]
+        assert not any("Seq Scan on llmtasks_task " in line for line in plan), (name, *plan)
+        if name not in LONG:
+            buffers = next(line for line in plan if "Buffers:" in line)
+            pages = sum(int(part.partition("=")[2]) for part in buffers.split() if "=" in part)
+            assert pages < 3000, "\n".join([name, *plan])
 
 
 def rows_read(plan: dict) -> float:
