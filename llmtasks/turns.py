@@ -86,6 +86,10 @@ class Waiting:
     cursor: UUID = NOBODY
     went_round: bool = False
 
+    def to_the_end(self, tenant: UUID) -> None:
+        if weight := self.weights.pop(tenant, None):
+            self.weights[tenant] = weight
+
 
 @dataclass(slots=True)
 class Turns:
@@ -144,8 +148,8 @@ class Turns:
             self.has_parked = True
             self.parked[lane, tenant] = until
             for line, waiting in self.lines.items():
-                if line[1] == lane and (weight := waiting.weights.pop(tenant, None)):
-                    waiting.weights[tenant] = weight
+                if line[1] == lane:
+                    waiting.to_the_end(tenant)
 
     def first_in(self, line: Line, most: int) -> list[UUID]:
         """The tenants of a line whose turns start first, in order, at most so many."""
@@ -178,12 +182,16 @@ class Turns:
         return SEARCHED_AGAIN if self.lines[line].went_round else SEARCHED
 
     def end_round(self, asks: Iterable[Ask], heads: Iterable[Head], chosen: Sequence[Head]) -> None:
-        """Forget who has nothing more in a line: a search finds them again."""
+        """Forget who has nothing more in a line: a search finds them again. Who had a turn comes
+        last of those whose turns start together: where others at the place have more room, its
+        time passes by all who wait in a line."""
         there = Counter(head.ask for head in heads)
         given = Counter(head.ask for head in chosen)
         for ask in asks:
             if there[ask] < ask.most and there[ask] == given[ask]:
                 self.lines[ask.line].weights.pop(ask.tenant_id, None)
+            elif given[ask]:
+                self.lines[ask.line].to_the_end(ask.tenant_id)
 
 
 def in_turn(names: Sequence[T], rounds: int) -> list[T]:

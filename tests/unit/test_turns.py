@@ -143,6 +143,28 @@ def test_who_waits_in_many_lines_takes_no_newcomers_place(monkeypatch, most):
     assert all(500 - max(counts) >= min(given) // 4 for counts in left)
 
 
+def test_a_line_with_little_room_is_shared_beside_one_with_much():
+    """The place's time runs with the line that has room, and says nothing of turns in the other."""
+    place, model = ("p", "default"), ("p", "m")
+    fast, slow = (*place, "fast"), (*place, "slow")
+    waiting = {fast: {uuid7(): 1 for _ in range(2)}, slow: {uuid7(): 1 for _ in range(5)}}
+    known = Turns()
+    for line, weights in waiting.items():
+        known.found(line, weights)
+    given: Counter[UUID] = Counter()
+    for number in range(50):
+        known.begin_round(float(number))
+        room = Room({"fast": None, "slow": (model,)}, {model: 1.0})
+        asks, until = dispatch.asks_at(place, 20, list(waiting), known, room)
+        ready = [Head(uuid7(), ask, START) for ask in asks for _ in range(ask.most)]
+        chosen = choose(ready, known.stride(place), 20, room.take, until)
+        known.end_round(asks, ready, chosen)
+        # The little room holds up no other line.
+        assert len(chosen) > 10
+        given.update(head.ask.tenant_id for head in chosen)
+    assert [given[tenant] for tenant in waiting[slow]] == [10] * 5
+
+
 def test_shares_fill_the_room():
     assert share(10, 1, 3) == 4
     assert share(1, 1, 1000) == 1
