@@ -31,7 +31,6 @@ from llmtasks.models import Lane, Status
 from llmtasks.room import URGENT, Limits, Room, Stream, windows
 from llmtasks.stores import fetch, redis_client
 from llmtasks.turns import (
-    NOBODY,
     SEARCHED,
     Ask,
     Head,
@@ -283,11 +282,11 @@ def find(places: Collection[Place], turns: Turns) -> list[Line]:
         "searched": SEARCHED,
     }
     found: dict[Line, dict[UUID, int]] = {}
-    cursors: dict[Line, UUID] = {}
+    cursors: dict[Line, UUID | None] = {}
     for provider, lane, route, tenant, is_due, goes_on, weight in fetch(FIND, values):
         line = (provider, lane, route)
         weights = found.setdefault(line, {})
-        cursors[line] = tenant if goes_on else NOBODY
+        cursors[line] = tenant if goes_on else None
         if is_due:
             weights[tenant] = weight
     turns.drop(line for line in known if line not in found)

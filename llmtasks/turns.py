@@ -126,16 +126,18 @@ class Turns:
         waiting = self.lines.setdefault(line, Waiting())
         waiting.weights.update(weights)
         if sum(len(each.weights) for each in self.lines.values()) > MOST_KNOWN:
+            # Searches go on where they were: begun anew each time, they would never come far.
             for each in self.lines.values():
                 each.weights, each.went_round = {}, False
             waiting.weights = dict(weights)
 
-    def searched(self, line: Line, weights: Mapping[UUID, int], cursor: UUID) -> None:
-        """Tenants that a search found in a line, and where the next one begins."""
+    def searched(self, line: Line, weights: Mapping[UUID, int], cursor: UUID | None) -> None:
+        """Tenants that a search found in a line, and where the next one begins: anew (None) after
+        one that came to the end."""
         self.found(line, weights)
         waiting = self.lines[line]
-        waiting.cursor = cursor
-        waiting.went_round |= cursor == NOBODY
+        waiting.cursor = cursor or NOBODY
+        waiting.went_round |= cursor is None
 
     def search_anew(self) -> None:
         """Tasks came back with a time that was looked at before."""
@@ -165,11 +167,12 @@ class Turns:
 
         A tenant's second line stands for its second turn: else who waits in many lines would fill
         the round alone."""
+        stride = self.stride(place)
         next_start: dict[UUID, float] = {}
         order: list[tuple[float, int, tuple[Line, UUID]]] = []
         for pair in pairs:
             line, tenant = pair
-            start = next_start.get(tenant) or self.stride(place).start(tenant)
+            start = next_start.get(tenant) or stride.start(tenant)
             next_start[tenant] = start + COST / self.lines[line].weights[tenant]
             order.append((start, len(order), pair))
         first = heapq.nsmallest(most + 1, order)

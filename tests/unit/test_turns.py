@@ -218,9 +218,21 @@ def test_once_a_search_went_round_few_are_searched_for():
     known = Turns()
     known.searched(LINE, {uuid7(): 1}, uuid7())
     assert known.wanted(LINE) == turns.SEARCHED
-    known.searched(LINE, {}, NOBODY)
+    known.searched(LINE, {}, None)
     assert known.wanted(LINE) == turns.SEARCHED_AGAIN
     known.search_anew()
     assert known.wanted(LINE) == turns.SEARCHED
     known.closed = {LINE}
     assert known.wanted(LINE) == 0
+    # A line that was closed from its beginning on was not searched.
+    known.searched(LINE, {}, NOBODY)
+    known.closed = set()
+    assert known.wanted(LINE) == turns.SEARCHED
+
+
+def test_a_search_goes_on_where_it_was_after_the_memory_was_emptied(monkeypatch):
+    monkeypatch.setattr(turns, "MOST_KNOWN", 2)
+    known, cursor = Turns(), uuid7()
+    known.searched(LINE, {uuid7(): 1}, cursor)
+    known.found((*LINE[:2], "other"), {uuid7(): 1 for _ in range(2)})
+    assert known.lines[LINE] == turns.Waiting(cursor=cursor)
