@@ -22,7 +22,7 @@ from django.db import Error
 
 from llmtasks import pulse
 from llmtasks.models import CostState, Price
-from llmtasks.stores import release
+from llmtasks.stores import reading, release
 from providers.types import Usage
 
 log = logging.getLogger(__name__)
@@ -98,26 +98,20 @@ _lock = threading.Lock()
 def prices() -> Prices:
     """The table as it was read last; read anew after each change of the configuration. While
     Postgres is away the last one holds; where there is none, raises `django.db.Error`."""
+    global _prices, _read_again_at
     known, version = _prices, pulse.config_version()
     if known is None or (known.version != version and time.monotonic() >= _read_again_at):
-        with _lock:
-            known = _read_once(version)
+        try:
+            with reading(_lock):
+                if _prices is None or _prices.version != version:
+                    _prices = read(version)
+                return _prices
+        except Error:
+            if known is None:
+                raise
+            log.warning("the prices can't be read: the last ones hold", exc_info=True)
+            _read_again_at = time.monotonic() + READ_AGAIN_S
     return known
-
-
-def _read_once(version: int) -> Prices:
-    """Read the table unless another thread did so meanwhile. Called under the lock."""
-    global _prices, _read_again_at
-    if _prices is not None and _prices.version == version:
-        return _prices
-    try:
-        _prices = read(version)
-    except Error:
-        if _prices is None:
-            raise
-        log.warning("the prices can't be read: the last ones hold", exc_info=True)
-        _read_again_at = time.monotonic() + READ_AGAIN_S
-    return _prices
 
 
 def read(version: int) -> Prices:

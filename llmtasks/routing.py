@@ -13,7 +13,7 @@ from pathlib import Path
 
 from django.db import OperationalError
 
-from llmtasks import pulse
+from llmtasks import pulse, stores
 from llmtasks.errors import InvalidInput, UnknownModel
 from llmtasks.models import Kind, RouteCandidate
 from llmtasks.models import Provider as ProviderRow
@@ -84,7 +84,7 @@ def snapshot() -> Snapshot:
         if pulse.config_is_fresh():
             return known
         raise OperationalError("the configuration is too old: Postgres is away")
-    with _lock:
+    with stores.reading(_lock):
         if _snapshot is None or _snapshot.version != version:
             _snapshot = read(version)
         return _snapshot

@@ -5,7 +5,9 @@ calls `release()` first, so that a small pool serves hundreds of threads.
 """
 
 import select
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -81,6 +83,18 @@ def release() -> None:
     """Give this thread's connection back to the pool."""
     if not connection.in_atomic_block:
         connection.close()
+
+
+@contextmanager
+def reading(lock: threading.Lock) -> Iterator[None]:
+    """Hold `lock` while what it guards is read from Postgres.
+
+    The connection comes first: whoever held the lock and waited for a connection could wait for
+    those who hold all of them, and wait for the lock. Raises `django.db.Error`s.
+    """
+    connection.ensure_connection()
+    with lock:
+        yield
 
 
 @cache

@@ -16,7 +16,7 @@ from uuid import UUID
 from django.conf import settings
 from django.db.models import Count
 
-from llmtasks import pulse
+from llmtasks import pulse, stores
 from llmtasks.models import WINDOWS, Limit, Provider
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def rules() -> Rules:
     known, version = _rules, pulse.config_version()
     if known is not None and known.version == version:
         return known
-    with _lock:
+    with stores.reading(_lock):
         if _rules is None or _rules.version != version:
             _rules = read(version)
         return _rules

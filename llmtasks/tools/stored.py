@@ -49,7 +49,7 @@ def tools() -> Mapping[str, Mapping[int, Tool]]:
         if pulse.config_is_fresh():
             return known.tools
         raise OperationalError("the tools are too old: Postgres is away")
-    with _lock:
+    with stores.reading(_lock):
         if _snapshot is None or _snapshot.version != version:
             marks = stores.fetch(MARKS)
             old = _snapshot

@@ -1,12 +1,18 @@
 """Connections: none waits for ever, none is held."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
+from django.conf import settings
 from django.db import OperationalError, connection, transaction
 
-from llmtasks import stores
+from llmtasks import pricing, routing, stores
+from llmtasks.guards import rules
+from llmtasks.tools import stored
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -43,6 +49,47 @@ def test_a_connection_goes_back_to_the_pool_but_not_out_of_a_transaction():
         assert connection.connection is not None
     stores.release()
     assert connection.connection is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "read"),
+    [
+        (routing, "_snapshot", routing.snapshot),
+        (rules, "_rules", rules.rules),
+        (pricing, "_prices", pricing.prices),
+        (stored, "_snapshot", stored.tools),
+    ],
+)
+def test_who_reads_for_all_does_not_wait_for_those_who_wait_for_it(monkeypatch, module, name, read):
+    monkeypatch.setattr(module, name, None)
+    stores.release()
+    size = settings.DATABASES["default"]["OPTIONS"]["pool"]["max_size"]
+    holds, is_late = threading.Barrier(size + 1), threading.Event()
+
+    def holder() -> Any:
+        try:
+            connection.ensure_connection()
+            holds.wait(10)
+            is_late.wait(10)
+            return read()
+        finally:
+            stores.release()
+
+    def newcomer() -> Any:
+        try:
+            return read()
+        finally:
+            stores.release()
+
+    with ThreadPoolExecutor(size + 1) as threads:
+        held = [threads.submit(holder) for _ in range(size)]
+        holds.wait(10)
+        late = threads.submit(newcomer)
+        pool = connection.pool
+        while not pool.get_stats()["requests_waiting"]:
+            time.sleep(0.01)
+        is_late.set()
+        assert all(one.result() is late.result() for one in held)
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', b'{"a": 1}', {"a": 1}])
