@@ -1,5 +1,6 @@
 """Cost: the right price, and exact arithmetic on it."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -248,6 +249,7 @@ def reads(monkeypatch):
         return Prices(version, {})
 
     monkeypatch.setattr(pricing, "read", read)
+    monkeypatch.setattr(pricing, "reading", lambda lock: lock)
     monkeypatch.setattr(pricing, "_prices", None)
     monkeypatch.setattr(pricing, "_read_again_at", float("-inf"))
     return seen
@@ -273,11 +275,18 @@ def test_the_last_table_holds_while_postgres_is_away(reads, monkeypatch):
     assert pricing.prices().version == 2
 
 
-def test_threads_that_waited_for_the_reader_read_nothing(reads, monkeypatch):
+def test_a_thread_that_waited_for_the_reader_reads_nothing(reads, monkeypatch):
+    known = Prices(1, {})
+
+    @contextmanager
+    def reading(lock):
+        pricing._prices = known
+        yield
+
     monkeypatch.setattr(pulse, "config_version", lambda: 1)
-    known = pricing.prices()
-    assert pricing._read_once(1) is known
-    assert reads == [1]
+    monkeypatch.setattr(pricing, "reading", reading)
+    assert pricing.prices() is known
+    assert reads == []
 
 
 def test_without_any_table_postgres_away_is_an_error(reads, monkeypatch):

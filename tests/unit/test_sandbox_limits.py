@@ -275,14 +275,16 @@ def test_limits_and_faults_are_bounded(vendor, monkeypatch):
 # Headers
 
 
-def test_openais_headers(vendor):
+def test_openais_headers(vendor, monkeypatch):
+    began = time.monotonic()
+    monkeypatch.setattr(Limits, "now", lambda _: began)
     limit(vendor, requests=600, tokens=1000, input_tokens=500, headers=True)
     headers = chat(vendor).headers
     assert headers["x-ratelimit-limit-requests"] == "600"
     assert headers["x-ratelimit-remaining-requests"] == "599"
     assert headers["x-ratelimit-limit-tokens"] == "1000"
     assert headers["x-ratelimit-remaining-tokens"] == "990"
-    assert re.fullmatch(r"1m0s", headers["x-ratelimit-reset-requests"])
+    assert headers["x-ratelimit-reset-requests"] == "1m0s"
     assert not [name for name in headers if "input" in name]
     streamed = chat(vendor, stream=True).headers
     assert streamed["x-ratelimit-remaining-requests"] == "598"
