@@ -20,6 +20,7 @@ from llmtasks.models import FINAL, Attempt, CostState, Limit, Task
 from llmtasks.stores import fetch
 from providers.types import Usage
 from tests import factories
+from tests import meters as counted
 
 PAGE = Path(__file__).parent.parent / "docs" / "states.md"
 ENDS = ("succeeded", "failed", "cancelled")
@@ -220,4 +221,4 @@ class World:
         return {UUID(member.decode()) for member in found}
 
     def used(self, unit: str) -> int:
-        return int(self.redis.hget(self.keys[unit], "sum") or 0)
+        return counted.used(self.redis, self.keys[unit])

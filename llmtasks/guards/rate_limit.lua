@@ -5,19 +5,7 @@
 --
 -- key                                type    what                                       lives
 -- {limits}:epoch                     string  since when Redis remembers (us)            for ever
--- {limits}:meter:<limit>[:<who>]     hash    since   the epoch in which it began        window
---                                            all     when the bucket is full again (us)
---                                            back    the same for background work
---                                            each    what one unit takes of those two (us)
---                                            sum     used in the slots below
---                                            oldest  no slot before this one
---                                            cap     the vendor's own limit, if lower
---                                            want    "<tokens> <until>": left for a call that
---                                                    somebody waits for
---                                            big     the same for a large background call
---                                            line    when the next background call that is refused
---                                                    may ask again (us)
---                                            mean    what a call uses (moving average)
+-- {limits}:meter:<limit>[:<who>]     hash    state   packed, see STATE                  window
 --                                            <n>     used in the n-th 120th of the window
 --                                    zset    calls at once: attempt -> its lease's end  leases
 -- {limits}:seeding:<limit>[:<who>]   string  the attempt that reads Postgres for it         seconds
@@ -90,6 +78,28 @@ local function meters()
   return found
 end
 
+-- since    the epoch in which it began
+-- all      when the bucket is full again (us)
+-- back     the same for background work
+-- each     what one unit takes of those two (us)
+-- sum      used in the slots
+-- oldest   no slot before this one
+-- cap      the vendor's own limit, if lower; else NONE
+-- mean     what a call uses (moving average), or NONE
+-- want, want_til   so many units are left, until then, for a call that somebody waits for
+-- big, big_til     the same for a large background call
+-- line     when the next background call that is refused may ask again (us)
+--
+-- Packed, they are read and written in a third of the time that fields take.
+local STATE, NONE = '<ddddddddddddd', -1
+
+local function state_of(m)
+  return struct.pack(STATE, m.began, m.all, m.back, m.each, m.sum, m.oldest, m.cap, m.mean, m.want,
+    m.want_til, m.big, m.big_til, m.line)
+end
+
+local function put_state(m) redis.call('HSET', m.key, 'state', state_of(m)) end
+
 local function use(m, slot, units)
   -- What goes into the slot that was read is written with the rest, by put_rate.
   if slot == m.into then m.held = m.held + units
@@ -109,29 +119,24 @@ local function forget_old(m)
   end
   redis.call('HDEL', m.key, unpack(names))
   m.oldest = m.first
-  redis.call('HSET', m.key, 'sum', m.sum, 'oldest', m.oldest)
+  put_state(m)
 end
 
 local function begin_again(m)
   -- The clock was set back, or the window is another one: all of it counts as used just now.
   m.all, m.back, m.oldest, m.held = now, now, m.slot, m.into == m.slot and m.sum or 0
+  m.began, m.want, m.big, m.line, m.cap = m.since, 0, 0, 0, NONE
   redis.call('DEL', m.key)
-  redis.call('HSET', m.key, 'since', m.since, 'sum', m.sum, 'oldest', m.slot, m.slot, m.sum)
+  redis.call('HSET', m.key, 'state', state_of(m), m.slot, m.sum)
   redis.call('PEXPIRE', m.key, m.life)
 end
 
-local function claim(value)
-  -- What a claim still holds back, and until when.
-  local need, til = string.match(value or '', '^(%d+) (%d+)$')
-  if need and tonumber(til) > now then return tonumber(need), tonumber(til) end
-  return 0, now
-end
-
-local function keep_level(m, was)
+local function keep_level(m)
   -- The limit is another one than before: what is in the bucket stays in it, a full one at most.
-  m.all = now + math.min((m.all - now) / was, m.burst) * m.interval
-  m.back = now + math.min((m.back - now) / was, m.burst) * m.interval
-  redis.call('HSET', m.key, 'all', m.all, 'back', m.back, 'each', m.interval)
+  m.all = now + math.min((m.all - now) / m.each, m.burst) * m.interval
+  m.back = now + math.min((m.back - now) / m.each, m.burst) * m.interval
+  m.each = m.interval
+  put_state(m)
 end
 
 local function read_rate(m, since, at)
@@ -142,31 +147,37 @@ local function read_rate(m, since, at)
   m.was = at and math.floor(at / m.width) or m.slot
   -- The slot that the call counts in: that of when it was let through, unless it is over.
   m.into = m.was >= m.first and m.was or m.slot
-  local began, all, back, each, sum, oldest, cap, want, big, mean, held = unpack(redis.call('HMGET',
-    m.key, 'since', 'all', 'back', 'each', 'sum', 'oldest', 'cap', 'want', 'big', 'mean', m.into))
-  m.cap = tonumber(cap)
+  local state, held = unpack(redis.call('HMGET', m.key, 'state', m.into))
+  m.is_known = state and true or false
+  m.cap, m.mean = NONE, NONE
+  if state then
+    m.began, m.all, m.back, m.each, m.sum, m.oldest, m.cap, m.mean, m.want, m.want_til, m.big,
+      m.big_til, m.line = struct.unpack(STATE, state)
+  end
+  m.held = tonumber(held) or 0
   m.limit = m.amount
-  m.amount = math.min(m.amount, m.cap or m.amount)
+  if m.cap ~= NONE then m.amount = math.min(m.amount, m.cap) end
   m.burst = math.min(m.burst, m.amount)
   m.keep = math.min(m.keep, m.burst)
   m.interval = (m.per + (m.slack + 0.5) * m.width) / m.amount
-  m.is_known = sum and true or false
   -- Nobody knows what was used before a loss of Redis.
   m.back_at = since + m.per + (m.slack + 1) * m.width
-  m.is_lost = tonumber(began) ~= since and now < m.back_at
+  m.is_lost = m.began ~= since and now < m.back_at
     -- What was used before the limit was made, no meter counted.
     or not m.is_known and now < m.made + m.per
-  local start = now < m.back_at and since + m.burst * m.interval or now
   m.since = since
-  m.all = math.max(tonumber(all) or start, now)
-  m.back = math.max(tonumber(back) or start, now)
-  if each and tonumber(each) ~= m.interval then keep_level(m, tonumber(each)) end
-  m.sum = tonumber(sum) or 0
-  m.oldest = tonumber(oldest) or m.slot
-  m.want, m.want_til = claim(want)
-  m.big, m.big_til = claim(big)
-  m.mean = tonumber(mean)
-  m.held = tonumber(held) or 0
+  if state then
+    m.all, m.back = math.max(m.all, now), math.max(m.back, now)
+    if m.each ~= m.interval then keep_level(m) end
+  else
+    m.all = now < m.back_at and math.max(since + m.burst * m.interval, now) or now
+    m.back, m.sum, m.oldest, m.line = m.all, 0, m.slot, 0
+    m.want, m.want_til, m.big, m.big_til = 0, now, 0, now
+  end
+  m.each = m.interval
+  -- A claim that is over holds nothing back.
+  if m.want_til <= now then m.want, m.want_til = 0, now end
+  if m.big_til <= now then m.big, m.big_til = 0, now end
   if m.oldest > m.slot then begin_again(m) end
   if m.oldest < m.first then forget_old(m) end
   return m
@@ -184,8 +195,8 @@ local function charge(m, urgent, units)
 end
 
 local function put_rate(m)
-  redis.call('HSET', m.key, 'since', m.since, 'all', m.all, 'back', m.back, 'each', m.interval,
-    'sum', m.sum, 'oldest', m.oldest, 'mean', m.mean or '', m.into, m.held)
+  m.began = m.since
+  redis.call('HSET', m.key, 'state', state_of(m), m.into, m.held)
 end
 
 -- Counts of the last slots of time: the retry budget's and the breaker's --------------------------
@@ -298,14 +309,14 @@ end
 local function tighten(m)
   -- The vendor allows less, or counts more than we do: others use the account.
   if m.told_limit <= m.limit then
-    redis.call('HSET', m.key, 'cap', m.told_limit)
+    m.cap = m.told_limit
     local more = m.told_limit - m.told_left - m.sum
     if more > 0 then
       use(m, m.slot, more)
       redis.call('PEXPIRE', m.key, m.life)
     end
-  elseif m.cap then
-    redis.call('HDEL', m.key, 'cap')
+  else
+    m.cap = NONE
   end
 end
 
@@ -320,7 +331,7 @@ local function settle_rate(m, at, since)
     charge(m, args.urgent, m.used - m.pace)
   end
   if is_told then tighten(m) end
-  if m.used > 0 then m.mean = average(m.mean, m.used, 0.1) end
+  if m.used > 0 then m.mean = average(m.mean ~= NONE and m.mean, m.used, 0.1) end
   put_rate(m)
 end
 
@@ -380,7 +391,8 @@ local function claim_room(found, wait)
   local til = now + wait * CLAIM_SHARE + CLAIM_US
   for _, m in ipairs(found) do
     if m.per > 0 and m.is_full and m.need >= (args.urgent and m.want or m.big) then
-      redis.call('HSET', m.key, args.urgent and 'want' or 'big', text(m.need) .. ' ' .. text(til))
+      if args.urgent then m.want, m.want_til = m.need, til else m.big, m.big_til = m.need, til end
+      put_state(m)
     end
   end
 end
@@ -389,8 +401,11 @@ local function stand_in_line(m, wait)
   -- Background calls that are refused ask again one after the other, as room comes. Who waited
   -- once is told the truth, as who is urgent.
   if args.urgent or args.waited or m.per == 0 or not m.is_known then return wait end
-  local at = math.max(now + wait, tonumber(redis.call('HGET', m.key, 'line')) or 0)
-  if at - now <= args.patience then redis.call('HSET', m.key, 'line', at + m.pace * m.interval) end
+  local at = math.max(now + wait, m.line)
+  if at - now <= args.patience then
+    m.line = at + m.pace * m.interval
+    put_state(m)
+  end
   return at - now
 end
 
@@ -596,7 +611,8 @@ function operations.seed()
   read_rate(m, since)
   if not m.is_lost then return '{}' end
   redis.call('DEL', m.key)
-  m.sum, m.held, m.oldest = 0, 0, m.slot
+  m.sum, m.held, m.oldest, m.line = 0, 0, m.slot, 0
+  m.want, m.big, m.cap = 0, 0, NONE
   m.all = math.max(since + m.burst * m.interval, now)
   m.back = m.all
   for _, found in ipairs(args.used) do
@@ -635,7 +651,7 @@ local function room_of(m, since)
     local level = ((m.keep == 0 and m.all or m.back) - now) / m.interval
     free = math.min(free, m.burst - m.keep - level + args.horizon / m.interval)
   end
-  return { free, m.sum, m.mean or -1, m.amount }
+  return { free, m.sum, m.mean, m.amount }
 end
 
 function operations.room()

@@ -12,6 +12,7 @@ from llmtasks.models import Limit, Provider, Tenant
 from providers.sandbox_answers import tokens
 from providers.types import Image, Message, Request
 from tests import factories
+from tests.meters import used
 
 TEXT = "one two three four"
 
@@ -35,10 +36,6 @@ def call(tenant: Tenant, account: Provider, model: str, **fields: Any) -> Any:
     factories.route("limited", (account, model))
     work = factories.work(tenant, "limited", TEXT, **fields)
     return execute.run(submit.inline(work), work.request).task
-
-
-def used(redis: Any, key: str) -> int:
-    return int(redis.hget(key, "sum") or 0)
 
 
 def test_an_answer_is_settled_to_its_usage(tenant, account, redis):

@@ -12,6 +12,7 @@ from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.guards.rate_limit import Grant, Need, Refusal, Told, Used
 from llmtasks.models import Limit, Provider, ProviderEvent
 from tests import factories
+from tests.meters import used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
 
@@ -93,8 +94,8 @@ def test_all_or_none(vendor: Provider, redis: Any) -> None:
     limit(vendor, "tokens", 50, "minute", burst=50)
     assert isinstance(take(), Grant)
     assert isinstance(take(), Refusal)
-    used = [int(redis.hget(key, "sum")) for key in sorted(redis.keys("{limits}:meter:*"))]
-    assert sorted(used) == [1, 30]
+    counted = [used(redis, key) for key in sorted(redis.keys("{limits}:meter:*"))]
+    assert sorted(counted) == [1, 30]
 
 
 def test_asked_twice_takes_once(vendor: Provider, redis: Any) -> None:
@@ -103,7 +104,7 @@ def test_asked_twice_takes_once(vendor: Provider, redis: Any) -> None:
     assert rate_limit.acquire(asked) is None
     assert rate_limit.acquire(asked) is None
     [key] = redis.keys("{limits}:meter:*")
-    assert int(redis.hget(key, "sum")) == 1
+    assert used(redis, key) == 1
 
 
 def test_settle_replaces_the_estimate_once(vendor: Provider, redis: Any) -> None:
@@ -113,7 +114,7 @@ def test_settle_replaces_the_estimate_once(vendor: Provider, redis: Any) -> None
     for _ in range(2):
         rate_limit.settle(asked, Used(input_tokens=4, output_tokens=3), health="ok")
     [key] = redis.keys("{limits}:meter:*")
-    assert int(redis.hget(key, "sum")) == 7
+    assert used(redis, key) == 7
 
 
 def test_what_was_not_sent_is_given_back(vendor: Provider, redis: Any) -> None:

@@ -15,6 +15,7 @@ from llmtasks.guards import meters, rate_limit, rules, seeds
 from llmtasks.guards.rate_limit import Grant, Need, Refusal, Used
 from llmtasks.models import Attempt, Limit, Provider
 from tests import factories
+from tests.meters import used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
 LONG_AGO = 1
@@ -61,7 +62,7 @@ def test_what_is_under_way_counts_as_much_as_others(vendor: Provider, redis: Any
     attempt(tokens=200, state=Attempt.State.SETTLED)
     attempt(state=Attempt.State.SENT)
     assert isinstance(take(), Grant)
-    assert int(redis.hget(key, "sum")) == 100 + 200 + 150 + 30
+    assert used(redis, key) == 100 + 200 + 150 + 30
 
 
 def test_a_clock_of_postgres_that_is_ahead_loses_nothing(
@@ -135,7 +136,7 @@ def test_a_server_that_was_started_anew_knows_nothing(
     monkeypatch.setattr(meters, "SHA", sha1(unknown).hexdigest().encode())
     assert isinstance(take(), Grant)
     assert int(redis.get("{limits}:epoch")) > LONG_AGO
-    assert int(redis.hget(key, "sum")) == 9
+    assert used(redis, key) == 9
     assert isinstance(take(), Grant)
     assert isinstance(take(), Refusal)
 

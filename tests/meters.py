@@ -1,0 +1,13 @@
+"""What the limiter's meters hold in Redis (`rate_limit.lua`)."""
+
+import struct
+from typing import Any
+
+STATE = struct.Struct("<13d")
+SUM = 4
+
+
+def used(redis: Any, key: str | bytes) -> int:
+    """What a rate's meter counts in its window; 0 where there is none."""
+    state = redis.hget(key, "state")
+    return int(STATE.unpack(state)[SUM]) if state else 0
