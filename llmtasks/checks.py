@@ -17,7 +17,7 @@ from llmtasks.models import Limit, Route, RouteCandidate
 from llmtasks.stores import redis_client
 
 OLDEST_POSTGRES = (15,)
-OLDEST_REDIS = (6, 2)
+OLDEST_REDIS = (7, 0)
 OLDEST_VALKEY = (7, 2)
 
 
@@ -111,4 +111,4 @@ def redis_version() -> str | None:
     if found >= oldest:
         return None
     wanted = ".".join(map(str, oldest))
-    return f"{name} {info[name]} is too old: use {wanted} or newer (Redis 6.2, Valkey 7.2)"
+    return f"{name} {info[name]} is too old: use {wanted} or newer (Redis 7.0, Valkey 7.2)"

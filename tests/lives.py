@@ -13,7 +13,7 @@ from llmtasks import admission, attempts, routing, stores
 from llmtasks.attempts import Sending
 from llmtasks.context import Context
 from llmtasks.errors import Lost
-from llmtasks.guards import meters, rate_limit
+from llmtasks.guards import rate_limit
 from llmtasks.guards.rate_limit import Grant
 from llmtasks.ledger import Outcome
 from llmtasks.models import FINAL, Attempt, CostState, Limit, Task
@@ -136,7 +136,7 @@ class World:
         Attempt.objects.filter(state="sent").update(state="unknown")
         self.redis = stores.redis_client()
         self.redis.flushdb()
-        self.redis.script_load(meters.SCRIPT)
+        counted.ask_once(self.redis)
         self.redis.set("{limits}:epoch", 1)
         rate_limit._stats.clear()
         rate_limit.leases.held.clear()

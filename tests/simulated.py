@@ -21,6 +21,7 @@ from llmtasks.guards.estimates import Need, Used
 from llmtasks.guards.rate_limit import Grant
 from llmtasks.guards.rules import Rule
 from llmtasks.models import WINDOWS, Limit
+from tests.meters import ask_once
 
 CLOCK = "{limits}:clock"
 SCRIPT = meters.SCRIPT.replace(
@@ -76,10 +77,9 @@ class Limiter:
         self.rules = held
         self.now_us = START_US
         redis.flushdb()
-        redis.set(rate_limit.meters.PLACE, 1)
-        sha = redis.script_load(SCRIPT)
-        monkeypatch.setattr(meters, "SCRIPT", SCRIPT)
-        monkeypatch.setattr(meters, "SHA", sha.encode() if isinstance(sha, str) else sha)
+        name, library = meters.library(SCRIPT)
+        monkeypatch.setattr(meters, "NAME", name)
+        monkeypatch.setattr(meters, "LIBRARY", library)
         keyed = tuple((one, f"{{limits}}:meter:{one.id}") for one in held)
         monkeypatch.setattr(rules, "holding", lambda *_: keyed)
         # Its clock stands still meanwhile: a slow machine is no outage.
@@ -87,6 +87,8 @@ class Limiter:
         monkeypatch.setattr(meters, "client", lambda: patient)
         monkeypatch.setattr(meters, "_idle", deque())
         self.set(START_US)
+        ask_once(redis)
+        redis.set(meters.PLACE, 1)
 
     def set(self, now_us: int) -> None:
         assert now_us >= self.now_us

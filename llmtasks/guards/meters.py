@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from hashlib import sha1
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,16 @@ PLACE = "{limits}:epoch"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_bytes()
 # What a meter gave a call that was let through: need, pace, left and reset_us.
 GIVEN = struct.Struct("<4d")
-# Not a secret's: the name by which Redis knows a script.
-SHA = sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+
+
+def library(script: bytes) -> tuple[bytes, bytes]:
+    """The name by which Redis knows this very script, and the library that it keeps. One of
+    another release lies beside it: both may be asked while processes are replaced."""
+    name = b"llmtasks_" + sha256(script).hexdigest()[:16].encode()
+    return name, b"#!lua name=%b\nlocal NAME = '%b'\n%b" % (name, name, script)
+
+
+NAME, LIBRARY = library(SCRIPT)
 
 
 class Away(Exception):
@@ -131,28 +139,36 @@ def is_passing(error: redis.ResponseError) -> bool:
 
 def send(keys: Sequence[str], args: Sequence[bytes]) -> Any:
     """Run the script. Raises `redis.RedisError`, `OSError`."""
-    tail = [b"%d" % len(keys), *(key.encode() for key in keys), *args]
-    try:
-        return exchange([b"EVALSHA", SHA, *tail])
-    except redis.exceptions.NoScriptError:
-        # A server that does not know it was started since: the script is told.
-        return exchange([b"EVAL", SCRIPT, *tail, b"restarted"])
+    call = [b"FCALL", NAME, b"%d" % len(keys), *(key.encode() for key in keys), *args]
+    [answer] = exchange([call])
+    if is_unknown(answer):
+        # Whoever else found that loads it as well: then it is there already.
+        _, answer = exchange([[b"FUNCTION", b"LOAD", LIBRARY], call])
+    if isinstance(answer, redis.ResponseError):
+        raise answer
+    return answer
 
 
-def exchange(parts: Sequence[bytes]) -> Any:
-    """Send one command and wait for its answer. One whose idle connection the server had closed
-    is sent again over a new one: the script does for a call once what it is asked twice."""
-    command = packed(parts)
+def is_unknown(answer: Any) -> bool:
+    """Whether the server lacks the library: it was never asked, or started without its data."""
+    return isinstance(answer, redis.ResponseError) and "Function not found" in str(answer)
+
+
+def exchange(commands: Sequence[Sequence[bytes]]) -> list[Any]:
+    """Send commands and wait for their answers, `redis.ResponseError`s among them. Those whose idle
+    connection the server had closed are sent again over a new one: the script does for a call once
+    what it is asked twice."""
+    data = b"".join(map(packed, commands))
     try:
         connection = _idle.pop()
     except IndexError:
-        return ask(connect(), command)
+        return ask(connect(), data, len(commands))
     try:
-        return ask(connection, command)
+        return ask(connection, data, len(commands))
     except redis.ConnectionError:
         # The others are of the same age.
         forget_connections()
-        return ask(connect(), command)
+        return ask(connect(), data, len(commands))
 
 
 def packed(parts: Sequence[bytes]) -> bytes:
@@ -164,18 +180,22 @@ def connect() -> Any:
     return pool.connection_class(**pool.connection_kwargs)
 
 
-def ask(connection: Any, command: bytes) -> Any:
+def ask(connection: Any, data: bytes, count: int) -> list[Any]:
     try:
-        connection.send_packed_command([command], check_health=False)
-        answer = connection.read_response()
-    except redis.ResponseError:
-        _idle.append(connection)
-        raise
+        connection.send_packed_command([data], check_health=False)
+        answers = [answer_of(connection) for _ in range(count)]
     except BaseException:
         connection.disconnect()
         raise
     _idle.append(connection)
-    return answer
+    return answers
+
+
+def answer_of(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
 
 
 def forget_connections() -> None:

@@ -25,9 +25,8 @@
 -- slots count what was used in any window: never more than the amount, whatever was estimated,
 -- settled or used in bursts. `docs/decisions/0015-two-meters-for-a-rate.md` says why.
 --
--- ARGV: the operation, its arguments as JSON, the meters as `Rule.wire` packs them, and anything
--- where the server did not know this script: then it was started since the last call, or is
--- another, and what it holds may be old.
+-- It is a library of one function, whose first line (`#!lua name=…`) and NAME `meters.py` writes.
+-- Its arguments: the operation, what it is given as JSON, and the meters as `Rule.wire` packs them.
 
 local SLOTS = 120
 local BREAKER_SLOT, BREAKER_SLOTS, BREAKER_LEAST = 5e6, 6, 20
@@ -36,28 +35,29 @@ local HEALTH, TRIES = { 'c', 'f' }, { 'c', 'x' }
 local PROBES, PROBES_TO_CLOSE = 3, 2
 local TRIES_SLOT, TRIES_SLOTS, TRIES_LEAST, TRIES_SHARE = 10e6, 6, 10, 0.2
 local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 10000
--- So long two processes that see the same restart may be apart.
+-- So long the libraries of two releases that see the same restart may be apart.
 local RESTART = 5e6
 -- What is left for a waiting call is left until it can have asked again.
 local CLAIM_SHARE, CLAIM_US = 1.2, 200000
 
-local clock = redis.call('TIME')
-local now = clock[1] * 1e6 + clock[2]
-local args = cjson.decode(ARGV[2])
+-- Of the call: what it was given, and when.
+local keys, args, packed, now
+-- The server was started since the last call, or knew another library: what it holds may be old.
+local is_started = true
 
 local function text(number) return string.format('%.0f', number) end
 
 local function epoch(known)
   local since = tonumber(known)
-  if not since or since > now or (ARGV[4] and now - since > RESTART) then
+  if not since or since > now or (is_started and now - since > RESTART) then
     redis.call('SET', '{limits}:epoch', now)
-    return now
+    since = now
   end
+  is_started = false
   return since
 end
 
--- The operations stand in order of how often they are asked for, each after what it needs: what
--- comes after the one that was asked for is never built, which would cost more than the commands.
+local operations = {}
 
 -- A rate's meter ----------------------------------------------------------------------------------
 
@@ -68,10 +68,10 @@ local WIRE, WIRE_BYTES = '<dddddddddddd', 96
 
 local function meters()
   local found = {}
-  for i = 1, #ARGV[3] / WIRE_BYTES do
+  for i = 1, #packed / WIRE_BYTES do
     local need, pace, used, told_limit, told_left, amount, burst, keep, per, slack, seeds, made =
-      struct.unpack(WIRE, ARGV[3], (i - 1) * WIRE_BYTES + 1)
-    found[i] = { key = KEYS[i], need = need, pace = pace, used = used, told_limit = told_limit,
+      struct.unpack(WIRE, packed, (i - 1) * WIRE_BYTES + 1)
+    found[i] = { key = keys[i], need = need, pace = pace, used = used, told_limit = told_limit,
       told_left = told_left, amount = amount, burst = burst, keep = keep, per = per,
       slack = slack, seeds = seeds == 1, made = made }
   end
@@ -335,7 +335,7 @@ local function settle_rate(m, at, since)
   put_rate(m)
 end
 
-local function settle()
+function operations.settle()
   if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return '{}' end
   local at, since = tonumber(args.at), epoch(redis.call('GET', '{limits}:epoch'))
   for _, m in ipairs(meters()) do
@@ -357,8 +357,6 @@ local function settle()
   end
   return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
 end
-
-if ARGV[1] == 'settle' then return settle() end
 
 -- Before a call -----------------------------------------------------------------------------------
 
@@ -518,7 +516,7 @@ local function wait_for_meters(found, since)
   return worst, index
 end
 
-local function take()
+function operations.take()
   local marker = '{limits}:taken:' .. args.attempt
   local taken, gate, known = unpack(redis.call('MGET', marker, '{limits}:gate:' .. args.place,
     '{limits}:epoch'))
@@ -549,11 +547,7 @@ local function take()
   return granted(now, found, probe, probe and begin_probe(args.place, state, args.attempt) or nil)
 end
 
-if ARGV[1] == 'take' then return take() end
-
 -- Now and then ------------------------------------------------------------------------------------
-
-local operations = {}
 
 local function wait_to_move(m, at, since)
   -- What is in the window still only moves within it.
@@ -595,11 +589,11 @@ function operations.renew()
   local since = epoch(redis.call('GET', '{limits}:epoch'))
   for i, attempt in ipairs(args.attempts) do
     if now - since < args.quiet then
-      redis.call('ZADD', KEYS[i], now + args.lease, attempt)
+      redis.call('ZADD', keys[i], now + args.lease, attempt)
     else
-      redis.call('ZADD', KEYS[i], 'XX', now + args.lease, attempt)
+      redis.call('ZADD', keys[i], 'XX', now + args.lease, attempt)
     end
-    redis.call('PEXPIRE', KEYS[i], math.ceil(args.lease / 500))
+    redis.call('PEXPIRE', keys[i], math.ceil(args.lease / 500))
   end
   return '{}'
 end
@@ -669,4 +663,9 @@ function operations.room()
     places = #places > 0 and places or cjson.null })
 end
 
-return operations[ARGV[1]]()
+redis.register_function(NAME, function(given_keys, given)
+  local clock = redis.call('TIME')
+  now = clock[1] * 1e6 + clock[2]
+  keys, args, packed = given_keys, cjson.decode(given[2]), given[3]
+  return operations[given[1]]()
+end)

@@ -17,6 +17,7 @@ from tests import factories
 from tests.admin_pages import everything, login, provider, steered, tenant  # noqa: F401
 from tests.corridor import door, lose_statement, short_waits, vendor  # noqa: F401
 from tests.hedging import hedged, second  # noqa: F401
+from tests.meters import ask_once
 
 # Tests share two cores: who waits a while for the limiter's answer has seen no outage.
 meters.TIMEOUT_S = 5.0
@@ -88,8 +89,7 @@ def redis(forget: None) -> Any:
     """The test process's own Redis database, empty."""
     client = stores.redis_client()
     client.flushdb()
-    # Else the limiter would take the server for one that was just started.
-    client.script_load(meters.SCRIPT)
+    ask_once(client)
     return client
 
 
