@@ -3,6 +3,8 @@
 import struct
 from typing import Any
 
+import pytest
+
 from llmtasks.guards import meters
 
 STATE = struct.Struct("<13d")
@@ -13,6 +15,15 @@ def ask_once(redis: Any) -> None:
     """Have the server know the limiter's script: else it would be taken for just started."""
     meters.run("room", (), {"places": (), "horizon": 0})
     redis.delete(meters.PLACE)
+
+
+def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent later: what a test looks at next is there."""
+    monkeypatch.setattr(
+        meters,
+        "later",
+        lambda operation, keys, given, heard: heard(meters.run(operation, keys, given)),
+    )
 
 
 def used(redis: Any, key: str | bytes) -> int:

@@ -21,7 +21,7 @@ from llmtasks.guards.estimates import Need, Used
 from llmtasks.guards.rate_limit import Grant
 from llmtasks.guards.rules import Rule
 from llmtasks.models import WINDOWS, Limit
-from tests.meters import ask_once
+from tests.meters import ask_once, settle_at_once
 
 CLOCK = "{limits}:clock"
 SCRIPT = meters.SCRIPT.replace(
@@ -86,6 +86,7 @@ class Limiter:
         patient = Redis.from_url(settings.REDIS_URL, socket_timeout=60.0)
         monkeypatch.setattr(meters, "client", lambda: patient)
         monkeypatch.setattr(meters, "_idle", deque())
+        settle_at_once(monkeypatch)
         self.set(START_US)
         ask_once(redis)
         redis.set(meters.PLACE, 1)

@@ -6,15 +6,20 @@ reason to leave what all processes hold together.
 
 The script goes over connections of its own, past redis-py's client and pool, which cost more than
 the script.
+
+What nobody waits for (`later`) is taken along by whoever asks next, and sent by a thread where
+nobody does: it comes before what its own thread asks after it.
 """
 
+import atexit
 import logging
 import os
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +36,12 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 0.1
 AGAIN_S = 0.25
 AWAY_AFTER_S = 1.0
+# What nobody waits for is gathered for so long, and so much of it goes in one trip: it takes the
+# server about 0.1 ms each.
+GATHER_S = 0.002
+MOST_A_TRIP = 20
+# Beyond that the oldest is dropped: while Redis is away.
+MOST_LATER = 10_000
 # A command's way through a cluster: every key of ours has this tag.
 PLACE = "{limits}:epoch"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_bytes()
@@ -101,30 +112,121 @@ class Outage:
 
 outage = Outage()
 
+# What follows the script's name: how many keys, the keys, the arguments.
+Tail = list[bytes]
+Answer = dict[str, Any]
+Heard = Callable[[Answer], None]
+
+
+class Later:
+    """What nobody waits for, the oldest first, and the thread that sends it."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Tail, Heard]] = deque(maxlen=MOST_LATER)
+        self.wanted = threading.Event()
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+
+    def put(self, tail: Tail, heard: Heard) -> None:
+        self.waiting.append((tail, heard))
+        if not self.wanted.is_set():
+            self.wanted.set()
+        if self.thread is None:
+            with self.lock:
+                if self.thread is None:
+                    self.thread = threading.Thread(target=self.run, name="later", daemon=True)
+                    self.thread.start()
+
+    def take(self) -> list[tuple[Tail, Heard]]:
+        taken: list[tuple[Tail, Heard]] = []
+        with suppress(IndexError):
+            while len(taken) < MOST_A_TRIP:
+                taken.append(self.waiting.popleft())
+        return taken
+
+    def run(self) -> None:
+        while True:
+            self.wanted.wait()
+            time.sleep(GATHER_S)
+            self.wanted.clear()
+            try:
+                flush()
+            except Exception:
+                log.exception("what the limiter was to be told can't be sent")
+
+
 # Idle connections, the last used first. A deque's pop and append are atomic: no lock.
 _idle: deque[Any] = deque()
-# Those of the parent are not ours.
-os.register_at_fork(after_in_child=_idle.clear)
+_later = Later()
 
 
-def run(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
+def begin_anew() -> None:
+    """After a fork: the connections, and what waits to be sent, are the parent's."""
+    global _later
+    _idle.clear()
+    _later = Later()
+
+
+os.register_at_fork(after_in_child=begin_anew)
+
+
+def run(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> Answer:
     """One operation of `rate_limit.lua`; `meters` of its arguments are packed already. Raises
     `Away`."""
     if not outage.may_ask():
         raise Away
+    return trip(tail_of(operation, keys, arguments))
+
+
+def later(operation: str, keys: Sequence[str], arguments: dict[str, Any], heard: Heard) -> None:
+    """The same for what nobody waits for: sent with whatever is asked next, or within milliseconds
+    by itself. `heard` is given the answer, in any thread. What a process had not sent when it was
+    killed is lost; what waits while Redis is away is sent afterwards."""
+    _later.put(tail_of(operation, keys, arguments), heard)
+
+
+@atexit.register
+def flush() -> None:
+    """Send all that waits to be sent, unless Redis is away."""
+    with suppress(Away):
+        while _later.waiting and outage.may_ask():
+            trip()
+
+
+def tail_of(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> Tail:
     # To the script null is not nil.
     given = {name: value for name, value in arguments.items() if value is not None}
     packed_meters = b"".join(given.pop("meters", ()))
+    named = [key.encode() for key in (*keys, PLACE)]
+    return [b"%d" % len(named), *named, operation.encode(), orjson.dumps(given), packed_meters]
+
+
+def trip(asked: Tail | None = None) -> Answer:
+    """Send what waits to be sent, and after it what is asked: its answer. Raises `Away`."""
+    along = _later.take()
+    tails = [tail for tail, _ in along]
     try:
-        answer = send((*keys, PLACE), (operation.encode(), orjson.dumps(given), packed_meters))
-    except redis.ResponseError as error:
-        if not is_passing(error):
-            raise
-        outage.found(error)
-        raise Away from error
+        answers = send(tails if asked is None else [*tails, asked])
     except (redis.RedisError, OSError) as error:
         outage.found(error)
         raise Away from error
+    for (_, heard), answer in zip(along, answers, strict=False):
+        try:
+            heard(read(answer))
+        except Away:
+            continue
+        except Exception:
+            log.exception("the limiter refused what it was told")
+    return {} if asked is None else read(answers[-1])
+
+
+def read(answer: Any) -> Answer:
+    """What the script said. Raises `Away`, `redis.ResponseError`."""
+    if isinstance(answer, redis.ResponseError):
+        if not is_passing(answer):
+            raise answer
+        outage.found(answer)
+        raise Away from answer
     outage.found(None)
     if isinstance(answer, list):
         told, given_by = answer
@@ -137,16 +239,15 @@ def is_passing(error: redis.ResponseError) -> bool:
     return str(error).split(" ")[0] in ("LOADING", "OOM", "READONLY", "MASTERDOWN", "BUSY")
 
 
-def send(keys: Sequence[str], args: Sequence[bytes]) -> Any:
-    """Run the script. Raises `redis.RedisError`, `OSError`."""
-    call = [b"FCALL", NAME, b"%d" % len(keys), *(key.encode() for key in keys), *args]
-    [answer] = exchange([call])
-    if is_unknown(answer):
+def send(tails: Sequence[Tail]) -> list[Any]:
+    """Run the script for each: its answers, `redis.ResponseError`s among them. Raises other
+    `redis.RedisError`s, `OSError`."""
+    calls = [[b"FCALL", NAME, *tail] for tail in tails]
+    answers = exchange(calls)
+    if any(map(is_unknown, answers)):
         # Whoever else found that loads it as well: then it is there already.
-        _, answer = exchange([[b"FUNCTION", b"LOAD", LIBRARY], call])
-    if isinstance(answer, redis.ResponseError):
-        raise answer
-    return answer
+        _, *answers = exchange([[b"FUNCTION", b"LOAD", LIBRARY], *calls])
+    return answers
 
 
 def is_unknown(answer: Any) -> bool:

@@ -10,6 +10,7 @@ background work pauses.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -277,15 +278,21 @@ def settle(
         "ratio": (used.input_tokens or 0) / input_bytes if is_known and input_bytes else None,
         "output": used.output_tokens if is_known else None,
     }
-    try:
-        answer = meters.run("settle", [meter.key for meter in grant.meters], arguments)
-    except Away:
-        # The reservation falls out of its window, the lease runs out.
+    keys = [meter.key for meter in grant.meters]
+
+    def heard(answer: dict[str, Any]) -> None:
+        if stats := answer.get("stats"):
+            estimates.put_stats(grant.place, stats)
+        if event := answer.get("event"):
+            breaker.record(grant.provider, grant.model, event, error)
+
+    if not (error or gate_s or health == "fault" or grant.is_probe):
+        meters.later("settle", keys, arguments, heard)
         return
-    if stats := answer.get("stats"):
-        estimates.put_stats(grant.place, stats)
-    if event := answer.get("event"):
-        breaker.record(grant.provider, grant.model, event, error)
+    # What may keep others from calling is told before anything else is done. Where it can't be,
+    # the reservation falls out of its window and the lease runs out.
+    with suppress(Away):
+        heard(meters.run("settle", keys, arguments))
 
 
 def settled(grant: Grant, meter: Meter, used: Used, told: Sequence[Told]) -> bytes:

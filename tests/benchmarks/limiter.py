@@ -1,8 +1,9 @@
 """What the limiter costs a call: asking for it and settling it, by the caller's clock.
 
 One thread; without limits, with an account's three (requests, tokens, calls at once), and with
-those of a tenant and a key as well, all with room. *in Redis* is the server's own time for both
-scripts.
+those of a tenant and a key as well, all with room. Calls take no time, so that each one's
+settlement goes with what the next one asks, or PAUSE_S, in which it is sent meanwhile. *in Redis*
+is the server's own time for both.
 """
 
 import time
@@ -15,6 +16,8 @@ from uuid_utils.compat import uuid7
 from tests.benchmarks.tables import percentile
 
 PROVIDER, MODEL = "limited", "bench"
+# A very fast vendor.
+PAUSE_S = 0.005
 # (whose, unit, window, amount): far from being reached.
 LIMITS = (
     ("provider", "requests", "minute", 1_000_000_000),
@@ -27,6 +30,7 @@ LIMITS = (
 
 COLUMNS = {
     "limits": "limits",
+    "call_ms": "call ms",
     "acquire_p50_ms": "acquire p50 ms",
     "acquire_p99_ms": "p99",
     "settle_p50_ms": "settle p50 ms",
@@ -67,7 +71,7 @@ def configure() -> None:
 
 
 def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
-    """One round: a call without limits, one with the account's three, one with all six."""
+    """One round: calls without limits, with the account's three, with all six."""
     from llmtasks.models import ApiKey
 
     key = ApiKey.objects.get(tenant__name="limited")
@@ -75,27 +79,38 @@ def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
         # It knows the script, and remembers since long ago: nothing waits for what was lost.
         timed("unlimited", uuid7(), None)
         server.set("{limits}:epoch", 1)
+        callers = (
+            ("unlimited", uuid7(), None),
+            (PROVIDER, uuid7(), None),
+            (PROVIDER, key.tenant_id, key.pk),
+        )
         return [
-            one(server, "unlimited", uuid7(), None, calls),
-            one(server, PROVIDER, uuid7(), None, calls),
-            one(server, PROVIDER, key.tenant_id, key.pk, calls),
+            one(server, *caller, number, pause_s)
+            for number, pause_s in ((calls, 0.0), (calls // 4, PAUSE_S))
+            for caller in callers
         ]
 
 
 def one(
-    server: "redis.Redis", provider: str, tenant: UUID, key: UUID | None, calls: int
+    server: "redis.Redis",
+    provider: str,
+    tenant: UUID,
+    key: UUID | None,
+    calls: int,
+    pause_s: float,
 ) -> dict[str, Any]:
     acquired, settled = [], []
     for _ in range(calls // 10):
-        timed(provider, tenant, key)
+        timed(provider, tenant, key, pause_s)
     before = script_us(server)
     for _ in range(calls):
-        limits, acquire_s, settle_s = timed(provider, tenant, key)
+        limits, acquire_s, settle_s = timed(provider, tenant, key, pause_s)
         acquired.append(acquire_s * 1000)
         settled.append(settle_s * 1000)
     whole = [a + s for a, s in zip(acquired, settled, strict=True)]
     return {
         "limits": limits,
+        "call_ms": pause_s * 1000,
         **percentiles("acquire", acquired),
         **percentiles("settle", settled),
         **percentiles("whole", whole),
@@ -107,7 +122,9 @@ def percentiles(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}_p{percent}_ms": round(percentile(values, percent), 4) for percent in (50, 99)}
 
 
-def timed(provider: str, tenant: UUID, key: UUID | None) -> tuple[int, float, float]:
+def timed(
+    provider: str, tenant: UUID, key: UUID | None, pause_s: float = 0.0
+) -> tuple[int, float, float]:
     """How many limits held, and the seconds of asking and of settling."""
     from llmtasks.guards import rate_limit
     from llmtasks.guards.rate_limit import Used
@@ -120,9 +137,15 @@ def timed(provider: str, tenant: UUID, key: UUID | None) -> tuple[int, float, fl
     if (refusal := rate_limit.acquire(grant)) is not None:
         raise SystemExit(f"the limiter refused: {refusal}")
     granted = time.perf_counter()
+    if pause_s:
+        time.sleep(pause_s)
     used = Used(input_tokens=57, output_tokens=31)
+    answered = time.perf_counter()
     rate_limit.settle(grant, used, health="ok", ms=120, input_bytes=400)
-    return len(grant.meters), granted - began, time.perf_counter() - granted
+    settled_s = time.perf_counter() - answered
+    if pause_s:
+        time.sleep(pause_s)
+    return len(grant.meters), granted - began, settled_s
 
 
 def script_us(server: "redis.Redis") -> float:

@@ -41,6 +41,7 @@ from llmtasks.models import (
 from llmtasks.turns import Turns
 from tests import factories
 from tests.lives import ARROWS, AT_ONCE, Run, World, moves_are_noted, outcome
+from tests.meters import settle_at_once
 
 TASKS = 3
 UNDER_WAY = ("waiting", "queued", "running")
@@ -375,6 +376,7 @@ def limited(account: Provider) -> None:
 @pytest.mark.django_db(transaction=True)
 def test_any_order_of_events_keeps_the_ledger_true(limited: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(queues, "wake", lambda: None)
+    settle_at_once(monkeypatch)
     connection.ensure_connection()
     with moves_are_noted():
         run_machine(

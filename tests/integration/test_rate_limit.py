@@ -12,6 +12,7 @@ from llmtasks.guards import meters, rate_limit, rules, shares
 from llmtasks.guards.rate_limit import Grant, Need, Refusal, Told, Used
 from llmtasks.models import Limit, Provider, ProviderEvent
 from tests import factories
+from tests.corridor import until
 from tests.meters import used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
@@ -114,7 +115,83 @@ def test_settle_replaces_the_estimate_once(vendor: Provider, redis: Any) -> None
     for _ in range(2):
         rate_limit.settle(asked, Used(input_tokens=4, output_tokens=3), health="ok")
     [key] = redis.keys("{limits}:meter:*")
+    until(lambda: not redis.exists(f"{{limits}}:taken:{asked.attempt_id}"))
     assert used(redis, key) == 7
+
+
+@pytest.fixture
+def nobody_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be sent later waits for whoever asks next."""
+    monkeypatch.setattr(meters, "_later", meters.Later())
+    monkeypatch.setattr(meters, "GATHER_S", 60.0)
+
+
+def test_a_settlement_goes_with_what_is_asked_next(
+    vendor: Provider, redis: Any, nobody_sends: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(vendor, "concurrency", 1)
+    trips: list[int] = []
+    exchange = meters.exchange
+    monkeypatch.setattr(
+        meters, "exchange", lambda commands: trips.append(len(commands)) or exchange(commands)
+    )
+    held = take()
+    for _ in range(3):
+        assert isinstance(held, Grant)
+        rate_limit.settle(held, Used(), health="ok")
+        held = take()
+    assert isinstance(take(), Refusal)
+    assert trips == [1, 2, 2, 2, 1]
+
+
+def test_settlements_that_are_many_go_in_several_trips(
+    vendor: Provider, redis: Any, nobody_sends: None
+) -> None:
+    limit(vendor, "concurrency", 100)
+    for held in [take() for _ in range(2 * meters.MOST_A_TRIP + 1)]:
+        assert isinstance(held, Grant)
+        rate_limit.settle(held, Used(), health="ok")
+    [key] = redis.keys("{limits}:meter:*")
+    assert redis.zcard(key) == 2 * meters.MOST_A_TRIP + 1
+    assert isinstance(take(), Grant)
+    assert redis.zcard(key) == meters.MOST_A_TRIP + 2
+    meters.flush()
+    assert redis.zcard(key) == 1
+
+
+def test_a_settlement_waits_for_redis_to_come_back(
+    vendor: Provider, redis: Any, nobody_sends: None
+) -> None:
+    limit(vendor, "concurrency", 1)
+    held = take()
+    assert isinstance(held, Grant)
+    meters.outage.found(OSError("gone"))
+    rate_limit.settle(held, Used(), health="ok")
+    meters.flush()
+    [key] = redis.keys("{limits}:meter:*")
+    assert redis.zcard(key) == 1
+    meters.outage.found(None)
+    meters.flush()
+    assert redis.zcard(key) == 0
+
+
+def test_one_that_the_script_refuses_takes_nobody_along(
+    vendor: Provider, nobody_sends: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    meters.later("nonsense", (), {}, lambda _: None)
+    assert isinstance(take(), Grant)
+    assert "the limiter refused what it was told" in caplog.text
+
+
+def test_a_child_sends_nothing_of_its_parent(vendor: Provider, nobody_sends: None) -> None:
+    held = take()
+    assert isinstance(held, Grant)
+    rate_limit.settle(held, Used(), health="ok")
+    parents = meters._later
+    assert len(parents.waiting) == 1
+    meters.begin_anew()
+    assert isinstance(take(), Grant)
+    assert len(parents.waiting) == 1
 
 
 def test_what_was_not_sent_is_given_back(vendor: Provider, redis: Any) -> None:
