@@ -153,6 +153,9 @@ class Later:
                 flush()
             except Exception:
                 log.exception("what the limiter was to be told can't be sent")
+            if self.waiting:
+                time.sleep(AGAIN_S)
+                self.wanted.set()
 
 
 # Idle connections, the last used first. A deque's pop and append are atomic: no lock.
@@ -209,6 +212,8 @@ def trip(asked: Tail | None = None) -> Answer:
         answers = send(tails if asked is None else [*tails, asked])
     except (redis.RedisError, OSError) as error:
         outage.found(error)
+        # What was done of it is not done twice.
+        _later.waiting.extendleft(reversed(along))
         raise Away from error
     for (_, heard), answer in zip(along, answers, strict=False):
         try:

@@ -160,7 +160,7 @@ def test_settlements_that_are_many_go_in_several_trips(
 
 
 def test_a_settlement_waits_for_redis_to_come_back(
-    vendor: Provider, redis: Any, nobody_sends: None
+    vendor: Provider, redis: Any, nobody_sends: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit(vendor, "concurrency", 1)
     held = take()
@@ -170,6 +170,14 @@ def test_a_settlement_waits_for_redis_to_come_back(
     meters.flush()
     [key] = redis.keys("{limits}:meter:*")
     assert redis.zcard(key) == 1
+    meters.outage.found(None)
+
+    def lost(commands: Any) -> None:
+        raise meters.redis.ConnectionError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(meters, "exchange", lost)
+        assert isinstance(take(), Refusal)
     meters.outage.found(None)
     meters.flush()
     assert redis.zcard(key) == 0
