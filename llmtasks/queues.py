@@ -13,19 +13,17 @@ from uuid import UUID
 import orjson
 import redis
 from celery import current_app
-from django.conf import settings
 from kombu import pools
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from llmtasks import crash
 from llmtasks.models import Lane
-from llmtasks.stores import redis_client
+from llmtasks.stores import hasty_client, redis_client
 
 WAKE_CHANNEL = "llmtasks:wake"
 # After a failure nobody tries to wake the dispatcher for so long: it polls all the same, and
 # callers should not wait for timeouts.
 AWAY_S = 1.0
+# A caller who waits to be answered waits for this.
 WAKE_S = 0.1
 # Hints in one round trip.
 BATCH = 200
@@ -107,26 +105,13 @@ def hints_in(names: Iterable[str]) -> set[str]:
         return {orjson.loads(raw)["headers"]["id"] for found in pipe.execute() for raw in found}
 
 
-@cache
-def bell() -> redis.Redis:
-    """Not the one of `stores`: a caller who waits to be answered waits for this, and a wake-up
-    that is lost is no loss."""
-    return redis.Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=WAKE_S,
-        socket_connect_timeout=WAKE_S,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=200,
-    )
-
-
 def wake() -> None:
     """Tell the dispatcher that there is something to do. Its polling makes up for a lost one."""
     global _away_until
     if time.monotonic() < _away_until:
         return
     try:
-        bell().publish(WAKE_CHANNEL, b"")
+        hasty_client(WAKE_S).publish(WAKE_CHANNEL, b"")
     except redis.RedisError:
         _away_until = time.monotonic() + AWAY_S
 

@@ -16,6 +16,8 @@ import psycopg
 import redis
 from django.conf import settings
 from django.db import DEFAULT_DB_ALIAS, connection, connections
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 # Longer than any statement_timeout: only a server that froze is cut off here.
 POSTGRES_WAIT_S = 35.0
@@ -107,6 +109,18 @@ def redis_client() -> redis.Redis:
         socket_connect_timeout=1.0,
         health_check_interval=30,
         max_connections=200,
+    )
+
+
+@cache
+def hasty_client(timeout_s: float) -> redis.Redis:
+    """For what nobody should wait for longer, and what is not sent twice."""
+    return redis.Redis.from_url(
+        settings.REDIS_URL,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=1000,
     )
 
 

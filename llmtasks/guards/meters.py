@@ -20,16 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import orjson
 import redis
-from django.conf import settings
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+
+from llmtasks import stores
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +61,8 @@ class Away(Exception):
     """Redis gave no answer in time."""
 
 
-@cache
 def client() -> redis.Redis:
-    """Not the one of `stores`: here nobody waits, and nothing is sent twice."""
-    return redis.Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=1000,
-    )
+    return stores.hasty_client(TIMEOUT_S)
 
 
 class Outage:

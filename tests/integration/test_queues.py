@@ -34,25 +34,25 @@ def test_names_say_provider_and_lane():
 
 
 def test_nobody_waits_for_a_redis_that_froze(monkeypatch, settings):
-    queues.bell.cache_clear()
+    stores.hasty_client.cache_clear()
     monkeypatch.setattr(queues, "_away_until", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         settings.REDIS_URL = f"redis://127.0.0.1:{frozen.getsockname()[1]}"
         began = time.monotonic()
         queues.wake()
         assert time.monotonic() - began < stores.REDIS_TIMEOUT_S
-    queues.bell.cache_clear()
+    stores.hasty_client.cache_clear()
     assert queues._away_until > began
 
 
 def test_while_redis_is_away_nobody_tries_to_wake_again_and_again(monkeypatch):
     tried = []
 
-    def away() -> redis_py.Redis:
+    def away(_: float) -> redis_py.Redis:
         tried.append(1)
         return redis_py.Redis(host="127.0.0.1", port=1, retry=None)
 
-    monkeypatch.setattr(queues, "bell", away)
+    monkeypatch.setattr(queues, "hasty_client", away)
     for _ in range(100):
         queues.wake()
     assert len(tried) == 1
