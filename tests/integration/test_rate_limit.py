@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,14 +121,16 @@ def test_settle_replaces_the_estimate_once(vendor: Provider, redis: Any) -> None
 
 
 @pytest.fixture
-def nobody_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to be sent later waits for whoever asks next."""
+def flush(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What is to be sent later waits for whoever asks next, or for this."""
+    flush = meters.flush
+    monkeypatch.setattr(meters, "flush", lambda: None)
     monkeypatch.setattr(meters, "_later", meters.Later())
-    monkeypatch.setattr(meters, "GATHER_S", 60.0)
+    return flush
 
 
 def test_a_settlement_goes_with_what_is_asked_next(
-    vendor: Provider, redis: Any, nobody_sends: None, monkeypatch: pytest.MonkeyPatch
+    vendor: Provider, redis: Any, flush: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit(vendor, "concurrency", 1)
     trips: list[int] = []
@@ -145,7 +148,7 @@ def test_a_settlement_goes_with_what_is_asked_next(
 
 
 def test_settlements_that_are_many_go_in_several_trips(
-    vendor: Provider, redis: Any, nobody_sends: None
+    vendor: Provider, redis: Any, flush: Callable[[], None]
 ) -> None:
     limit(vendor, "concurrency", 100)
     for held in [take() for _ in range(2 * meters.MOST_A_TRIP + 1)]:
@@ -155,19 +158,19 @@ def test_settlements_that_are_many_go_in_several_trips(
     assert redis.zcard(key) == 2 * meters.MOST_A_TRIP + 1
     assert isinstance(take(), Grant)
     assert redis.zcard(key) == meters.MOST_A_TRIP + 2
-    meters.flush()
+    flush()
     assert redis.zcard(key) == 1
 
 
 def test_a_settlement_waits_for_redis_to_come_back(
-    vendor: Provider, redis: Any, nobody_sends: None, monkeypatch: pytest.MonkeyPatch
+    vendor: Provider, redis: Any, flush: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit(vendor, "concurrency", 1)
     held = take()
     assert isinstance(held, Grant)
     meters.outage.found(OSError("gone"))
     rate_limit.settle(held, Used(), health="ok")
-    meters.flush()
+    flush()
     [key] = redis.keys("{limits}:meter:*")
     assert redis.zcard(key) == 1
     meters.outage.found(None)
@@ -179,19 +182,19 @@ def test_a_settlement_waits_for_redis_to_come_back(
         patched.setattr(meters, "exchange", lost)
         assert isinstance(take(), Refusal)
     meters.outage.found(None)
-    meters.flush()
+    flush()
     assert redis.zcard(key) == 0
 
 
 def test_one_that_the_script_refuses_takes_nobody_along(
-    vendor: Provider, nobody_sends: None, caplog: pytest.LogCaptureFixture
+    vendor: Provider, flush: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     meters.later("nonsense", (), {}, lambda _: None)
     assert isinstance(take(), Grant)
     assert "the limiter refused what it was told" in caplog.text
 
 
-def test_a_child_sends_nothing_of_its_parent(vendor: Provider, nobody_sends: None) -> None:
+def test_a_child_sends_nothing_of_its_parent(vendor: Provider, flush: Callable[[], None]) -> None:
     held = take()
     assert isinstance(held, Grant)
     rate_limit.settle(held, Used(), health="ok")
