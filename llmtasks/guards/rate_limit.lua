@@ -90,7 +90,7 @@ end
 -- big, big_til     the same for a large background call
 -- line     when the next background call that is refused may ask again (us)
 --
--- Packed, they are read and written in a third of the time that fields take.
+-- Packed, since a command takes longer with each field.
 local STATE, NONE = '<ddddddddddddd', -1
 
 local function state_of(m)
