@@ -3,10 +3,12 @@
 One thread; without limits, with an account's three (requests, tokens, calls at once), and with
 those of a tenant and a key as well, all with room. Calls take no time, so that each one's
 settlement goes with what the next one asks, or PAUSE_S, in which it is sent meanwhile. *in Redis*
-is the server's own time for both.
+is the server's own time for both. *PING* is the least that any trip takes, with the same pauses
+and right after: over the limiter's own connection, and by redis-py's client.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -38,6 +40,8 @@ COLUMNS = {
     "whole_p50_ms": "both p50 ms",
     "whole_p99_ms": "p99",
     "redis_us": "in Redis us",
+    "ping_p50_ms": "PING p50 ms",
+    "client_ping_p50_ms": "by redis-py",
 }
 
 
@@ -99,6 +103,8 @@ def one(
     calls: int,
     pause_s: float,
 ) -> dict[str, Any]:
+    from llmtasks.guards import meters
+
     acquired, settled = [], []
     for _ in range(calls // 10):
         timed(provider, tenant, key, pause_s)
@@ -107,6 +113,7 @@ def one(
         limits, acquire_s, settle_s = timed(provider, tenant, key, pause_s)
         acquired.append(acquire_s * 1000)
         settled.append(settle_s * 1000)
+    redis_us = (script_us(server) - before) / calls
     whole = [a + s for a, s in zip(acquired, settled, strict=True)]
     return {
         "limits": limits,
@@ -114,8 +121,21 @@ def one(
         **percentiles("acquire", acquired),
         **percentiles("settle", settled),
         **percentiles("whole", whole),
-        "redis_us": round((script_us(server) - before) / calls, 1),
+        "redis_us": round(redis_us, 1),
+        "ping_p50_ms": ping_ms(lambda: meters.exchange([[b"PING"]]), calls // 4, pause_s),
+        "client_ping_p50_ms": ping_ms(server.ping, calls // 4, pause_s),
     }
+
+
+def ping_ms(ping: Callable[[], Any], count: int, pause_s: float) -> float:
+    """The median of so many trips."""
+    took = []
+    for _ in range(count):
+        began = time.perf_counter()
+        ping()
+        took.append((time.perf_counter() - began) * 1000)
+        time.sleep(pause_s)
+    return round(percentile(took, 50), 4)
 
 
 def percentiles(name: str, values: list[float]) -> dict[str, float]:
