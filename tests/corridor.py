@@ -147,9 +147,14 @@ def sent(**where: Any) -> Attempt | None:
 
 
 def told(task: Task) -> list[tuple[str, dict[str, Any]]]:
-    events.outbox().flush()
-    entries = stores.redis_client().xrange(events.stream_of(task.id))
-    return [(e[b"n"].decode(), bodies.orjson.loads(e[b"d"])) for _, e in entries]
+    """What whoever watches an ended task is told, once all of it was sent."""
+
+    def until_done() -> list[tuple[str, dict[str, Any]]] | None:
+        entries = stores.redis_client().xrange(events.stream_of(task.id))
+        found = [(e[b"n"].decode(), bodies.orjson.loads(e[b"d"])) for _, e in entries]
+        return found if any(name == "done" for name, _ in found) else None
+
+    return until(until_done)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from tests.corridor import door, lose_statement, short_waits, vendor  # noqa: F4
 from tests.hedging import hedged, second  # noqa: F401
 from tests.meters import ask_once
 
-# Tests share two cores: who waits a while for the limiter's answer has seen no outage.
+# Tests share two cores: who waits a while for an answer has seen no outage.
 meters.TIMEOUT_S = 5.0
+pulse.PulseConnection.wait_s = 20.0
 
 
 # Filled by `migrate`; no test changes them.
@@ -81,6 +82,8 @@ def forget(request: pytest.FixtureRequest, _django_db_marker: None) -> Iterator[
     rate_limit._stats.clear()
     shares._free_at.clear()
     yield
+    # The thread that renews them goes on.
+    rate_limit.leases.held.clear()
     pulse.stop()
 
 

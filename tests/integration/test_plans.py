@@ -23,7 +23,8 @@ SELECT md5(n::text)::uuid,
     (ARRAY['interactive', 'default', 'bulk'])[1 + n %% 3],
     CASE WHEN n <= %(rows)s THEN 'waiting' WHEN n %% 50 = 0 THEN 'running' ELSE 'succeeded' END,
     (ARRAY['echo', 'closed'])[1 + n / 3 %% 2], 'sandbox', '', '{}', '', 'retry', false, now(),
-    now() - (n || ' ms')::interval, now() + interval '1 day', 0, 0, 0, 0, 0, 0, 0, 0, '', '', '', ''
+    %(base)s - (n || ' ms')::interval, now() + interval '1 day',
+    0, 0, 0, 0, 0, 0, 0, 0, '', '', '', ''
 FROM generate_series(%(first)s::int, %(last)s::int) n
 """
 
@@ -36,6 +37,8 @@ LOOK = {
     "classes": backlog.CLASSES_FROM,
 }
 IDS = [uuid7() for _ in range(3)]
+# Each part of the rows is counted from here: else what is due at a time would lie in two of them.
+BASE = datetime.now(UTC)
 STATEMENTS = {
     "FIND": (
         dispatch.FIND,
@@ -52,7 +55,7 @@ STATEMENTS = {
     ),
     "DUE": (
         dispatch.DUE,
-        {"since": datetime.now(UTC) - timedelta(seconds=0.5), "most": dispatch.MOST_DUE},
+        {"since": BASE - timedelta(seconds=100), "most": dispatch.MOST_DUE},
     ),
     "HEADS": (
         dispatch.HEADS,
@@ -96,10 +99,10 @@ def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
     """One test: the rows take seconds to make."""
     # First as the planner sees a burst: when it looked at the table last, nobody waited.
     stores.fetch("ALTER TABLE llmtasks_task SET (autovacuum_enabled = false)")
-    stores.fetch(FILL, {"rows": 0, "heavy": HEAVY, "first": ROWS + 1, "last": ROWS + PART})
+    fill(ROWS + 1, waiting=0)
     stores.fetch("VACUUM ANALYZE llmtasks_task")
     for first in range(1, ROWS, PART):
-        stores.fetch(FILL, {"rows": ROWS, "heavy": HEAVY, "first": first, "last": first + PART - 1})
+        fill(first, waiting=ROWS)
     few_pages_are_read()
     stores.fetch("ALTER TABLE llmtasks_task RESET (autovacuum_enabled)")
     stores.fetch("ANALYZE llmtasks_task")
@@ -111,6 +114,12 @@ def test_no_statement_of_the_loops_depends_on_how_many_rows_there_are():
     depths = backlog.look()
     assert {depth.due for depth in depths.values()} == {backlog.COUNTED}
     assert {place.lane for place in depths} == set(LANES)
+
+
+def fill(first: int, waiting: int) -> None:
+    """A part of the rows; those up to number `waiting` wait."""
+    part = {"first": first, "last": first + PART - 1}
+    stores.fetch(FILL, {"rows": waiting, "base": BASE, "heavy": HEAVY, **part})
 
 
 LANES = ("interactive", "default", "bulk")

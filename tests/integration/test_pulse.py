@@ -17,6 +17,7 @@ from llmtasks import pulse, routing
 from llmtasks.errors import Unavailable
 from llmtasks.models import Config, Task, Worker
 from tests import factories
+from tests.corridor import until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -91,10 +92,10 @@ def test_a_process_that_cannot_renew_drops_its_calls_before_anybody_may_take_the
         patch.setattr(beating, "execute", away)
         beating.tick()
         assert (beating.is_away, call.reasons) == (True, [])
-        age(24, beating)
+        age(20, beating)
         beating.tick()
         assert call.reasons == []
-        age(1.1, beating)
+        age(5.1, beating)
         beating.tick()
         assert call.reasons == ["lease"]
         with pytest.raises(OperationalError):
@@ -162,12 +163,10 @@ def test_a_settlement_in_another_thread_stays_watched(beating):
 def test_every_change_of_configuration_is_seen_within_a_second(redis):
     before = pulse.config_version()
     factories.route("new", (factories.provider(), "echo"))
-    end = time.monotonic() + 5
-    while pulse.config_version() == before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wanted = Config.objects.get().version
+    assert wanted != before
+    until(lambda: pulse.config_version() == wanted, 5)
     assert routing.find("new", "chat").name == "new"
-    assert pulse.config_version() == Config.objects.get().version
 
 
 def test_the_last_configuration_holds_while_postgres_is_away(beating, monkeypatch):
@@ -175,9 +174,9 @@ def test_the_last_configuration_holds_while_postgres_is_away(beating, monkeypatc
     beating.tick()
     assert routing.find("echo", "chat")
     beating.is_away = True
-    beating.read_at -= pulse.CONFIG_VALID_S - 1
+    beating.read_at -= pulse.CONFIG_VALID_S - 20
     assert routing.find("echo", "chat")
-    beating.read_at -= 2
+    beating.read_at -= 21
     with pytest.raises(OperationalError):
         routing.find("echo", "chat")
 

@@ -17,6 +17,7 @@ from project.stack import postgres, processes, valkey
 from project.stack.errors import StackError
 from project.stack.layout import ROOT, Layout
 from project.stack.owner import Servers, check_external
+from tests.corridor import until
 
 
 @pytest.fixture
@@ -88,9 +89,9 @@ def test_what_dies_is_started_again_and_keeps_its_data(layout):
             while not server.is_alive() and time.monotonic() < deadline:
                 servers.watch()
                 time.sleep(0.2)
-        eventually(lambda: query(servers, "SELECT n FROM kept"))
+        eventually(lambda: (servers.watch(), query(servers, "SELECT n FROM kept")))
         with client(servers) as valkey_client:
-            assert eventually(lambda: valkey_client.get("kept")) == b"1"
+            assert eventually(lambda: (servers.watch(), valkey_client.get("kept")))[1] == b"1"
     finally:
         servers.stop()
 
@@ -115,6 +116,8 @@ def test_a_pid_file_that_names_a_process_of_someone_else_hurts_nobody(layout):
     first.postgres.process.kill()
     first.postgres.process.wait()
     first.stop()
+    # Its children hold its memory until they noticed.
+    until(lambda: processes.find(layout.data) == [], 20)
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         pid_file = layout.postgres / "postmaster.pid"

@@ -12,30 +12,34 @@ from django.db import OperationalError, connection, transaction
 from llmtasks import pricing, routing, stores
 from llmtasks.guards import rules
 from llmtasks.tools import stored
+from tests.corridor import until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
 def test_a_server_that_froze_is_cut_off(monkeypatch):
     connection.ensure_connection()
-    monkeypatch.setattr(stores.TimedConnection, "wait_s", 0.2)
-    began = time.monotonic()
-    with pytest.raises(OperationalError, match="no answer in time"):
-        stores.fetch("SELECT pg_sleep(5)")
+    with monkeypatch.context() as patched:
+        patched.setattr(stores.TimedConnection, "wait_s", 0.2)
+        began = time.monotonic()
+        with pytest.raises(OperationalError, match="no answer in time"):
+            stores.fetch("SELECT pg_sleep(5)")
     assert time.monotonic() - began < 4
     stores.release()
     assert stores.fetch("SELECT 1") == [(1,)]
 
 
 def test_a_connection_that_the_server_closed_is_replaced():
-    [(pid,)] = stores.fetch("SELECT pg_backend_pid()")
+    connection.ensure_connection()
+    pid = connection.connection.info.backend_pid
+    socket = connection.connection.pgconn.socket
     stores.release()
     parameters = connection.get_connection_params()
     for name in ("pool", "cursor_factory", "connection_class"):
         parameters.pop(name, None)
     with psycopg.connect(**parameters, autocommit=True) as other:
         other.execute("SELECT pg_terminate_backend(%s)", [pid])
-    time.sleep(0.2)
+    until(lambda: stores.has_input(socket))
     for _ in range(5):
         assert stores.fetch("SELECT 1") == [(1,)]
         stores.release()
@@ -62,7 +66,7 @@ def test_a_connection_goes_back_to_the_pool_but_not_out_of_a_transaction():
 def test_who_reads_for_all_does_not_wait_for_those_who_wait_for_it(monkeypatch, module, name, read):
     monkeypatch.setattr(module, name, None)
     stores.release()
-    stats = connection.pool.get_stats()
+    stats = until(settled_stats)
     # Threads of this process may keep some.
     kept = stats["pool_size"] - stats["pool_available"]
     size = stats["pool_max"] - kept
@@ -87,10 +91,18 @@ def test_who_reads_for_all_does_not_wait_for_those_who_wait_for_it(monkeypatch, 
         held = [threads.submit(holder) for _ in range(size)]
         holds.wait(10)
         late = threads.submit(newcomer)
-        while not connection.pool.get_stats()["requests_waiting"]:
-            time.sleep(0.01)
+        until(lambda: connection.pool.get_stats()["requests_waiting"])
         is_late.set()
         assert all(one.result() is late.result() for one in held)
+
+
+def settled_stats() -> dict[str, int] | None:
+    """The pool's figures, once none of its connections is on its way."""
+    before = connection.pool.get_stats()
+    time.sleep(0.05)
+    stats: dict[str, int] = connection.pool.get_stats()
+    names = ("pool_size", "pool_available")
+    return stats if all(stats[name] == before[name] for name in names) else None
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', b'{"a": 1}', {"a": 1}])

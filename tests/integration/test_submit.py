@@ -318,6 +318,7 @@ def test_a_retry_of_what_can_no_longer_run_says_so(tenant):
 def test_queued_work_wakes_the_dispatcher_and_inline_work_does_not(tenant, monkeypatch):
     # Channels are shared by all databases of a server, and so by all test processes.
     monkeypatch.setattr(queues, "WAKE_CHANNEL", f"wake-{tenant.id}")
+    monkeypatch.setattr(queues, "WAKE_S", 5.0)
     with stores.redis_client().pubsub(ignore_subscribe_messages=True) as ears:
         ears.subscribe(queues.WAKE_CHANNEL)
         ears.get_message(timeout=1)

@@ -15,6 +15,7 @@ from llmtasks.submit import Idempotency
 from llmtasks.turns import Turns
 from providers.types import Usage
 from tests import factories
+from tests.corridor import until
 
 pytestmark = pytest.mark.usefixtures("account")
 
@@ -153,7 +154,7 @@ def test_a_hint_is_lost_when_it_is_old_and_lies_in_no_queue():
 
 
 def test_a_new_leader_puts_back_what_the_one_before_marked_and_did_not_send():
-    left, sent, now = released(3), released(3), released(0)
+    left, sent, now = released(3), released(3), released(-30)
     queues.publish([(sent.id, 1, "sandbox", "default")])
     assert sweep.take_over() == 1
     assert [after(task).status for task in (left, sent, now)] == ["waiting", "queued", "queued"]
@@ -210,12 +211,14 @@ def test_watchers_are_told(dead):
     task = running(dead)
     late = factories.task(deadline=timezone.now())
     sweep.run()
-    events.outbox().flush()
-    names = [
-        [entry[b"n"] for _, entry in stores.redis_client().xrange(events.stream_of(t.id))]
-        for t in (task, late)
-    ]
-    assert names == [[b"state"], [b"done"]]
+
+    def names() -> list[list[bytes]]:
+        redis = stores.redis_client()
+        streams = [redis.xrange(events.stream_of(t.id)) for t in (task, late)]
+        return [[entry[b"n"] for _, entry in stream] for stream in streams]
+
+    until(lambda: all(names()))
+    assert names() == [[b"state"], [b"done"]]
 
 
 def test_a_sweep_takes_a_bounded_batch(dead, monkeypatch):

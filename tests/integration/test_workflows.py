@@ -197,7 +197,7 @@ def test_items_that_can_not_be(tenant: Tenant) -> None:
 
 def test_policies_of_items(tenant: Tenant) -> None:
     route = {
-        "kind": "parallel", "items": [1, 2, 3], "max_items": 3,
+        "kind": "parallel", "items": [1, 2, 3], "max_items": 3, "max_concurrency": 1,
         "do": tool("one", "works_at", arguments={"attempt": 2}, on_error="skip"),
     }  # fmt: skip
     assert done(tenant, route) == ["at 2", "at 3"]
