@@ -41,6 +41,8 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "lt_acceptance00_only-for-tests-0123456789"
 NAMES = ("sandbox", "web", "dispatcher", *(f"worker-{lane}" for lane in LANES))
+# Each of what runs at the same time has a thousand of its own: a port is looked for seconds before
+# it is taken.
 FIRST_PORT = 24000
 READY_S = 60.0
 # The sandbox's address in a database that is copied for each cluster.
@@ -79,8 +81,8 @@ class Cluster:
         `worker-default-2`."""
         self.folder = folder
         self.database_url = database_url
-        port = free_port(first_port)
-        sandbox_port = free_port(port + 1)
+        port = free_port(first_port, 400)
+        sandbox_port = free_port(first_port + 400, 400)
         self.base_url = f"http://127.0.0.1:{port}"
         self.sandbox_url = f"http://127.0.0.1:{sandbox_port}"
         self.key = KEY
@@ -116,7 +118,7 @@ class Cluster:
         """A cluster on a new database of the tests' own servers. `number` tells apart what runs
         at the same time (0 to 7)."""
         name = f"cluster_{os.getpid()}_{number}"
-        first_port = FIRST_PORT + 100 * number
+        first_port = FIRST_PORT + 1000 * number
         server_url = os.environ["DATABASE_URL"]
         with new_database(server_url, name, template(server_url)) as database_url:
             redis_url = re.sub(r"(?:/\d*)?$", f"/{8 + number}", os.environ["REDIS_URL"], count=1)

@@ -1,7 +1,5 @@
 """A provider that is flooded with slow work holds up nobody else."""
 
-import time
-
 from tests.acceptance.cluster import Cluster, chat, wait_for
 
 FLOOD = 300
@@ -41,12 +39,17 @@ def test_another_providers_tasks_are_not_delayed(cluster: Cluster):
 
 def test_running_queued_work_is_cancelled_at_once(cluster: Cluster):
     task_id = cluster.queue("slow-20000")
-    wait_for(lambda: cluster.task(task_id)["status"] == "running", 20)
-    asked = time.monotonic()
+    wait_for(lambda: cluster.bill()["tasks"].get(task_id, {}).get("under_way"), 20)
     answer = cluster.api.post(f"/v1/tasks/{task_id}/cancel")
-    assert answer.status_code == 202
+    # 200 where its worker was faster than the answer.
+    assert answer.status_code in (200, 202)
     task = cluster.finished(task_id, 10)
-    assert time.monotonic() - asked < 3
+    [(took_s,)] = cluster.rows(
+        "SELECT extract(epoch FROM finished_at - cancel_requested_at) FROM llmtasks_task"
+        " WHERE id = %s",
+        [task_id],
+    )
+    assert took_s < 3
     assert (task["status"], task["error"]["class"]) == ("cancelled", "Cancelled")
     wait_for(lambda: cluster.bill()["tasks"][task_id]["under_way"] == 0, 10)
 
@@ -63,9 +66,20 @@ def test_a_provider_that_is_added_is_served_by_running_processes(cluster: Cluste
     assert inline.json()["status"] == "succeeded"
 
 
+def everybody_knows(cluster: Cluster) -> None:
+    """Once every process renewed its lease: the same statement reads what is configured."""
+    [(now,)] = cluster.rows("SELECT clock_timestamp()")
+    late = (
+        "SELECT 1 FROM llmtasks_worker WHERE lease_until > clock_timestamp()"
+        " AND lease_until < %s + make_interval(secs => %s)"
+    )
+    lease_s = float(cluster.environment["LEASE_S"])
+    wait_for(lambda: not cluster.rows(late, [now, lease_s]), 10)
+
+
 def test_a_paused_providers_work_waits_until_it_is_resumed(cluster: Cluster):
     cluster.rows("UPDATE llmtasks_provider SET is_paused = true WHERE name = 'sandbox-anthropic'")
-    time.sleep(1.2)
+    everybody_knows(cluster)
     task_id = cluster.queue("claude-echo")
     other = cluster.finished(cluster.queue("echo"))
     assert other["status"] == "succeeded"

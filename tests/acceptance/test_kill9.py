@@ -42,7 +42,7 @@ def test_inline_work_of_a_killed_web_server_can_be_sent_again(cluster: Cluster):
 
 
 def test_a_worker_that_is_told_to_end_ends_its_work_first(cluster: Cluster):
-    ids = cluster.queue_many([chat("slow-2000", f"last {n}") for n in range(6)])
+    ids = cluster.queue_many([chat("slow-3000", f"last {n}") for n in range(6)])
     running = "SELECT count(*) FROM llmtasks_task WHERE status = 'running' AND id = ANY(%s)"
     wait_for(lambda: cluster.rows(running, [ids])[0][0] == 6, 20)
     cluster.terminate("worker-default")

@@ -39,7 +39,7 @@ def whole(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tmp_path_factory.mktemp("outages"),
         servers.database_url,
         servers.redis_url,
-        first_port=FIRST_PORT + 1000 + 100 * NUMBER,
+        first_port=FIRST_PORT + 1000 * (NUMBER % 4 + 4),
         names=("sandbox", "web", "dispatcher", "worker-default"),
     )
     cluster.prepare()
@@ -119,7 +119,7 @@ def test_postgres_goes_away(cluster: Cluster, servers: Servers, how: str):
     waiting = cluster.queue("echo", run_at=in_(6))
     for task_id in slow:
         under_way(cluster, task_id)
-    inline = Beside(cluster, chat("slow-2000", mode="inline"))
+    inline = Beside(cluster, chat("slow-5000", mode="inline"))
     wait_for(
         lambda: cluster.rows(
             "SELECT 1 FROM llmtasks_task t JOIN llmtasks_attempt a ON a.task_id = t.id"

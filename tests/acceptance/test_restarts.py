@@ -46,7 +46,7 @@ def cluster(whole: Cluster) -> Cluster:
 
 def add_web(cluster: Cluster) -> str:
     """A second web server, as behind a load balancer; its URL."""
-    port = free_port(FIRST_PORT + 100 * (NUMBER % 4 + 4) + 50)
+    port = free_port(FIRST_PORT + 1000 * (NUMBER % 4 + 4) + 800, 200)
     places = Places(port=port, web_workers=1, web_threads=64)
     cluster.commands["web-2"] = programs(sys.executable, places)[0].command
     cluster.start("web-2")
@@ -199,7 +199,8 @@ def test_what_outlives_the_grace_time_is_handed_back(cluster: Cluster):
     # Nobody needs to wait for a lease: its owner gave it back.
     assert cluster.rows(waits, [queued]) == [("waiting", None, "")]
     cluster.start_all()
-    wait_for(lambda: cluster.task(queued)["status"] == "running", 20)
+    sent = "SELECT 1 FROM llmtasks_attempt WHERE task_id = %s AND state = 'sent'"
+    wait_for(lambda: cluster.rows(sent, [queued]), 20)
     cluster.api.post(f"/v1/tasks/{queued}/cancel")
     task = cluster.finished(queued)
     assert (task["status"], task["attempts"]) == ("cancelled", 2)
