@@ -1,11 +1,14 @@
 """Routes that hedge: two accounts at the sandbox, the first of them slow."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from llmtasks.models import Provider, Route, Task
+from llmtasks import attempts
+from llmtasks.attempts import Sending
+from llmtasks.models import Attempt, Provider, Route, Task
 from tests import corridor, factories
 from tests.corridor import until
 
@@ -33,6 +36,29 @@ def hedged(redis: Any):
         return row
 
     return make
+
+
+def first_waits(monkeypatch: pytest.MonkeyPatch, condition: Callable[[Task], Any]) -> None:
+    """A task's first call goes out once this holds, however long its second takes until then."""
+    real = attempts.send
+
+    def send(attempt: Sending, request: Any) -> Any:
+        # Its context may count the second as well by now.
+        if attempt.exchange.headers["X-Client-Request-Id"].endswith(".1"):
+            until(lambda: condition(attempt.context.task))
+        return (yield from real(attempt, request))
+
+    monkeypatch.setattr(attempts, "send", send)
+
+
+def has_begun(task: Task) -> bool:
+    """The second call is written down."""
+    return Attempt.objects.filter(task_id=task.id, number=2).exists()
+
+
+def is_called(sandbox: Any) -> Callable[[Task], bool]:
+    """The second call is under way, while the first one waits."""
+    return lambda task: sandbox.calls(str(task.id))["under_way"] == 1
 
 
 def errors_of(task: Task) -> list[str]:

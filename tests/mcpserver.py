@@ -1,13 +1,15 @@
 """An MCP server of the tests' own, a process: over HTTP on loopback, or stdin and stdout.
 
-    python -m tests.mcpserver http PORT CONTROL
+    python -m tests.mcpserver http CONTROL
     python -m tests.mcpserver stdio CONTROL
 
 CONTROL is a JSON file that is read at every request: `{"tools": {name: {…}}, "hang": true}` lays
-changes over what is offered, or has lists hang. Calls are written to CONTROL.calls.
+changes over what is offered, or has lists hang. Calls are written to CONTROL.calls, the port to
+CONTROL.port.
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,12 @@ async def over_stdio(path: Path) -> None:
         await made.run(reads, writes, made.create_initialization_options())
 
 
+def put(path: str, data: bytes) -> None:
+    """Whoever reads it meanwhile finds all of it, or what was there before."""
+    Path(f"{path}.new").write_bytes(data)
+    os.replace(f"{path}.new", path)
+
+
 class Headers:
     """Notes what callers send, in CONTROL.headers."""
 
@@ -115,7 +123,7 @@ class Headers:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             found = {name.decode(): value.decode() for name, value in scope["headers"]}
-            Path(f"{self.path}.headers").write_bytes(orjson.dumps(found))
+            put(f"{self.path}.headers", orjson.dumps(found))
         await self.app(scope, receive, send)
 
 
@@ -123,9 +131,12 @@ def main() -> None:
     if sys.argv[1] == "stdio":
         anyio.run(over_stdio, Path(sys.argv[2]))
         return
-    path = Path(sys.argv[3])
+    path = Path(sys.argv[2])
     app = Headers(server(path).streamable_http_app(), path)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="error")
+    # One that nobody else has: what is free at a look may be taken a moment later.
+    listening = socket.create_server(("127.0.0.1", 0))
+    put(f"{path}.port", str(listening.getsockname()[1]).encode())
+    uvicorn.Server(uvicorn.Config(app, log_level="error")).run([listening])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The pages of tools in a real browser: they fit, and a change is confirmed by a click."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from playwright.sync_api import Page, expect
 from llmtasks.models import Delivery, HttpTool, McpServer, McpTool, Provider, Tenant
 from tests import factories
 from tests.admin_pages import page
-from tests.integration.test_admin_browser import OVERFLOWING, browser, vendor
+from tests.integration.test_admin_browser import OVERFLOWING, browser, elsewhere, vendor
 from tests.integration.test_http_tools import ID, document
 
 __all__ = ["browser", "vendor"]
@@ -44,7 +43,7 @@ def rows(vendor: Provider) -> dict[str, Any]:
 
 @pytest.mark.django_db(transaction=True)
 def test_every_page_of_tools_fits(rows: dict[str, Any], browser: Page) -> None:
-    tenant = run(lambda: Tenant.objects.get().pk)
+    tenant = elsewhere(lambda: Tenant.objects.get().pk)
     for url in (
         *(page(model, pk) for model, pk in rows.items()),
         page("tenant", tenant),
@@ -66,11 +65,5 @@ def test_a_change_is_confirmed_by_a_click(rows: dict[str, Any], browser: Page) -
     browser.get_by_role("button", name="Confirm what is offered").click()
     expect(browser.get_by_text("It is on, as it was shown.")).to_be_visible()
     expect(browser.get_by_role("alert")).to_have_count(0)
-    row = run(lambda: McpTool.objects.get())
+    row = elsewhere(lambda: McpTool.objects.get())
     assert (row.state, row.confirmed_by, row.pinned_hash) == ("on", "operator", "1" * 64)
-
-
-def run(work: Any) -> Any:
-    """In another thread: that of the browser must not ask the database."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()

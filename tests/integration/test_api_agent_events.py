@@ -11,6 +11,7 @@ import pytest
 from django.db import connection
 
 from llmtasks import steps
+from llmtasks.api import waiting
 from llmtasks.models import Provider, Step, Task
 from llmtasks.tools import registry as tools
 from llmtasks.tools.registry import ToolError, of_function
@@ -51,6 +52,12 @@ def toolbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         box.add(of_function(function, **options))  # type: ignore[arg-type]
     yield
+
+
+@pytest.fixture(autouse=True)
+def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row, which may be done before all events came, is not looked at."""
+    monkeypatch.setattr(waiting, "LOOK_S", 60.0)
 
 
 @pytest.fixture

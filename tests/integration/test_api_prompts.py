@@ -2,12 +2,13 @@
 
 import threading
 from typing import Any
+from uuid import UUID
 
 import pytest
 from django.db import IntegrityError, connection, transaction
 
 from llmtasks import prompts
-from llmtasks.models import PromptLabel, PromptVersion, Provider, Task, TaskPayload
+from llmtasks.models import Prompt, PromptLabel, PromptVersion, Provider, Task, TaskPayload
 from tests import factories
 from tests.callers import Caller, frames_of, work_off
 
@@ -149,6 +150,8 @@ def test_a_prompt_without_a_model_needs_one(caller: Caller) -> None:
 
 
 def test_a_canary_takes_its_share_of_production(caller: Caller) -> None:
+    # By its id the share takes the same users each time.
+    prompt = Prompt.objects.create(id=UUID(int=1), tenant=caller.tenant, name="greet")
     add(caller, "one {{ name }}", model="echo", labels=["production"])
     add(caller, "two {{ name }}", model="echo", labels=["staging"])
     label = {"label": "canary", "version": 2, "share": 30}
@@ -159,9 +162,13 @@ def test_a_canary_takes_its_share_of_production(caller: Caller) -> None:
     def of(whose: str, reference: str = "greet") -> int:
         return prompts.chosen(tenant, reference, whose).number
 
-    users = [f"u-{number}" for number in range(300)]
+    buckets = {f"u-{number}": prompts.bucket(prompt.id, f"u-{number}") for number in range(2000)}
+    assert set(buckets.values()) == set(range(100))
+    assert 560 < sum(bucket < 30 for bucket in buckets.values()) < 640
+    users = list(buckets)[:20]
     found = {user: of(user) for user in users}
-    assert 60 < sum(number == 2 for number in found.values()) < 120
+    assert found == {user: 2 if buckets[user] < 30 else 1 for user in users}
+    assert set(found.values()) == {1, 2}
     assert found == {user: of(user, "greet@production") for user in users}
     assert {of(user, "greet@canary") for user in users} == {2}
     # A larger share keeps whom it has; none takes nobody; a fixed version is that version.

@@ -107,7 +107,8 @@ def test_a_full_lane_is_looked_at_less_and_less_often():
     assert dispatcher.turn() == dispatch.BUSY_POLL_S
 
 
-def test_nothing_is_swept_while_it_is_patient():
+def test_nothing_is_swept_while_it_is_patient(monkeypatch):
+    monkeypatch.setattr(dispatch, "SWEEP_S", 60.0)
     swept: list[int] = []
     dispatcher = Dispatcher(lambda: swept.append(1) or 0, threading.Event())
     dispatcher.patient_until = time.monotonic() + 60
@@ -129,7 +130,8 @@ def test_ears_sleep_while_redis_is_away(monkeypatch):
     assert time.monotonic() - began >= 0.2
 
 
-def test_ears_wake_early():
+def test_ears_wake_early(monkeypatch):
+    monkeypatch.setattr(queues, "WAKE_S", 5.0)
     ears = dispatch.Ears()
     ears.wait(0.01)
     queues.wake()

@@ -27,7 +27,7 @@ def _short_grace(monkeypatch):
 
 @pytest.fixture
 def caller(account: Provider) -> Caller:
-    for name in ("echo", "slow-200", "slow-20000"):
+    for name in ("echo", "slow-1000", "slow-20000"):
         factories.route(name, (account, name))
     return Caller(factories.tenant())
 
@@ -63,8 +63,9 @@ def hint_of(task: Task) -> dispatch.Hint:
     return hint
 
 
-def test_a_call_that_ends_within_the_grace_time_is_left_alone(caller):
-    task = queue(caller.tenant, "slow-200")
+def test_a_call_that_ends_within_the_grace_time_is_left_alone(caller, monkeypatch):
+    monkeypatch.setitem(settings.LLMTASKS, "GRACE_S", 10)
+    task = queue(caller.tenant, "slow-1000")
     hint = hint_of(task)
     with beside(execute.run_queued, hint.task_id, hint.seq):
         until(sent)

@@ -1,7 +1,7 @@
 """Calls while Postgres is away, and tasks that somebody else took."""
 
 import threading
-import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def test_an_end_that_cannot_be_written_is_told_all_the_same(account, tenant, mon
     factories.route("echo", (account, "echo"))
     work = factories.work(tenant, "echo", deadline_s=0.001)
     task = submit.inline(work)
-    time.sleep(0.01)
+    task.deadline -= timedelta(seconds=10)
 
     def away(*_args: Any) -> None:
         raise OperationalError("away")
@@ -73,6 +73,7 @@ def test_a_key_taken_meanwhile_is_a_conflict_also_without_an_attempt(account, te
     key = submit.Idempotency(endpoint="/v1/tasks", key="k", body_hash="h")
     late = factories.work(tenant, "echo", deadline_s=0.001, idempotency=key)
     task = submit.inline(late)
+    task.deadline -= timedelta(seconds=10)
     inline(tenant, "echo", idempotency=key)
     with pytest.raises(execute.Conflict):
         execute.run(task, late.request)
@@ -80,7 +81,7 @@ def test_a_key_taken_meanwhile_is_a_conflict_also_without_an_attempt(account, te
 
 
 def test_an_inline_task_that_was_taken_for_dead_says_what_became_of_it(account, tenant):
-    factories.route("slow", (account, "slow-1000"))
+    factories.route("slow", (account, "slow-3000"))
     work = factories.work(tenant, "slow")
     outcomes: list[Outcome] = []
 
@@ -101,7 +102,7 @@ def test_an_inline_task_that_was_taken_for_dead_says_what_became_of_it(account, 
 
 
 def test_a_task_that_was_taken_over_is_left_alone(account, tenant):
-    factories.route("slow", (account, "slow-1000"))
+    factories.route("slow", (account, "slow-3000"))
     task = queue(tenant, "slow")
     [hint] = release()
     with in_thread(execute.run_queued, hint.task_id, hint.seq):
@@ -125,11 +126,11 @@ def test_a_worker_lets_go_of_a_task_that_it_could_not_begin(account, tenant, los
     task.refresh_from_db()
     assert (task.status, task.attempts) == ("running", 0)
     mine = pulse.start()
-    for _ in range(2):
-        mine.renewed_at = mine.looked_for_orphans_at = float("-inf")
-        mine.is_registered = True
-        mine.must_renew = True
-        with mine.lock:
+    with mine.lock:
+        for _ in range(2):
+            mine.renewed_at = mine.looked_for_orphans_at = float("-inf")
+            mine.is_registered = True
+            mine.must_renew = True
             mine.beat()
     assert sweep.run() == 1
     work_off()

@@ -125,23 +125,26 @@ def test_an_account_whose_model_fails_is_degraded(vendor: Provider) -> None:
     call(1, ms=200.0, health="ok", input_bytes=40)
     [account] = health.look().accounts
     assert account.status == "ok"
+    began = time.monotonic()
     fail(19)
     [account] = health.look().accounts
     m, other = account.models
     assert (account.status, m.status, other.status) == ("degraded", "degraded", "ok")
     assert m.reading is not None and m.reading.breaker == "open"
-    assert 8 < m.reading.open_s <= 10
+    assert 10 - (time.monotonic() - began) < m.reading.open_s <= 10
     assert m.reading.p95_ms == pytest.approx(200)
     assert m.reading.output_tokens == pytest.approx(20)
     assert m.reading.tokens_per_byte == pytest.approx(0.25)
 
 
 def test_a_closed_gate_is_seen(vendor: Provider) -> None:
+    began = time.monotonic()
     call(1, error="RateLimited", gate_s=30.0)
     [account] = health.look().accounts
     reading = account.models[0].reading
     assert account.status == "degraded"
-    assert reading is not None and reading.breaker == "closed" and 29 < reading.gate_s <= 30
+    assert reading is not None and reading.breaker == "closed"
+    assert 30 - (time.monotonic() - began) < reading.gate_s <= 30
 
 
 def test_errors_by_class(vendor: Provider) -> None:
@@ -204,8 +207,9 @@ def test_without_postgres_the_rest_is_there(
     vendor: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(1, error="Timeout")
-    monkeypatch.setattr(pulse.start(), "is_away", True)
-    found = health.look()
+    with pulse.start().lock:
+        monkeypatch.setattr(pulse.start(), "is_away", True)
+        found = health.look()
     assert found.has == {"postgres": False, "redis": True}
     assert found.errors and found.accounts == [] and found.backlog is None
 
@@ -216,8 +220,8 @@ def test_without_postgres_nobody_waits_for_it(
     whole = Limit.objects.create(provider=vendor, unit="requests", window="minute", amount=10)
     Limit.objects.create(unit="requests", window="minute", amount=10, each="key")
     call(1)
-    monkeypatch.setattr(pulse.start(), "is_away", True)
-    with django_assert_num_queries(0):
+    with pulse.start().lock, django_assert_num_queries(0):
+        monkeypatch.setattr(pulse.start(), "is_away", True)
         found = health.look()
     assert [use.rule.id for use in found.uses] == [whole.pk]
 
@@ -250,6 +254,7 @@ def test_errors_that_redis_does_not_tell(vendor: Provider, monkeypatch: pytest.M
 
 
 def test_a_look_is_kept_for_a_moment(vendor: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "KEPT_S", 60.0)
     first = health.now()
     assert health.now() is first
     monkeypatch.setattr(health, "_last", (time.monotonic() - 0.001, first))

@@ -21,7 +21,7 @@ from tests.corridor import (
     release,
     until,
 )
-from tests.hedging import SLOW, nobody_calls
+from tests.hedging import SLOW, first_waits, has_begun, is_called, nobody_calls
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -29,9 +29,12 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_first_that_fails_waits_for_the_second(account, tenant, second, hedged, door):
-    Provider.objects.filter(pk=account.pk).update(read_timeout_s=0.3)
-    hedged((account, SLOW), (second, "slow-700"))
+def test_a_first_that_fails_waits_for_the_second(
+    account, tenant, second, hedged, door, monkeypatch
+):
+    Provider.objects.filter(pk=account.pk).update(read_timeout_s=0.1)
+    hedged((account, SLOW), (second, "slow-1000"))
+    first_waits(monkeypatch, has_begun)
     task = door(tenant, "smart").task
     assert (task.status, errors_of(task)) == ("succeeded", ["Timeout", ""])
     assert [a.cost_state for a in attempts(task)] == ["estimated", "final"]
@@ -39,16 +42,19 @@ def test_a_first_that_fails_waits_for_the_second(account, tenant, second, hedged
 
 
 def test_a_second_that_fails_leaves_the_first_alone(account, tenant, second, hedged, door):
-    hedged((account, "slow-500"), (second, "error-400"))
+    hedged((account, "slow-1500"), (second, "error-400"))
     task = door(tenant, "smart").task
     assert (task.status, errors_of(task)) == ("succeeded", ["", "InvalidRequest"])
     assert (task.provider, task.cost_state) == ("sandbox", "final")
     check_ledger(task)
 
 
-def test_where_both_fail_both_are_tries(account, tenant, second, hedged, door, sandbox):
+def test_where_both_fail_both_are_tries(
+    account, tenant, second, hedged, door, sandbox, monkeypatch
+):
     Provider.objects.filter(pk=account.pk).update(read_timeout_s=0.3)
     hedged((account, SLOW), (second, "error-503"))
+    first_waits(monkeypatch, has_begun)
     task = door(tenant, "smart").task
     rows = attempts(task)
     assert task.status == "failed"
@@ -81,7 +87,7 @@ def test_a_request_that_is_at_fault_ends_both(account, tenant, second, hedged, m
 def test_a_fault_of_ours_in_one_settles_both(
     account, tenant, second, hedged, monkeypatch, broken, sandbox
 ):
-    hedged((account, "slow-500"), (second, SLOW))
+    hedged((account, "slow-1500"), (second, SLOW))
     real = attempts_of.send
 
     def send(attempt: Any, request: Any) -> Any:
@@ -110,7 +116,7 @@ def both_sent() -> bool:
 
 def test_the_deadline_ends_both(account, tenant, second, hedged, door, sandbox):
     hedged((account, SLOW), (second, SLOW))
-    task = door(tenant, "smart", deadline_s=0.8).task
+    task = door(tenant, "smart", deadline_s=2).task
     assert (task.status, task.error_class) == ("failed", "DeadlineExceeded")
     assert errors_of(task) == ["Timeout", "Timeout"]
     nobody_calls(sandbox, task)
@@ -211,9 +217,10 @@ def test_both_attempts_of_a_dead_process_are_unknown_until_a_late_answer(
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_second_that_could_not_be_written_down_is_not_called(
-    account, tenant, second, hedged, lose_statement, sandbox, after
+    account, tenant, second, hedged, lose_statement, sandbox, after, monkeypatch, caplog
 ):
-    hedged((account, "slow-600"), (second, "echo"))
+    hedged((account, "echo"), (second, "echo"))
+    first_waits(monkeypatch, lambda _: "no second call" in caplog.text)
     # The first is written with its task.
     lose_statement("UPDATE llmtasks_task SET attempts", after=after)
     task = inline(tenant, "smart").task
@@ -247,9 +254,10 @@ def test_settlements_go_on_while_postgres_is_away(
 
 
 def test_an_answer_does_not_wait_for_long_for_the_other_to_be_settled(
-    account, tenant, second, hedged, monkeypatch
+    account, tenant, second, hedged, sandbox, monkeypatch
 ):
     hedged((account, "slow-300"), (second, SLOW))
+    first_waits(monkeypatch, is_called(sandbox))
     held = threading.Event()
     real = ledger.settle_apart
 

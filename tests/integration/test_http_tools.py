@@ -15,6 +15,7 @@ from llmtasks.tools.run import Caller, Result
 from providers import http
 from tests import factories
 from tests.apiserver import Api
+from tests.corridor import until
 
 SECRET = "top-secret-token"
 ORDER = {"type": "object", "required": ["id"], "properties": {"id": {"type": "string"}}}
@@ -104,7 +105,7 @@ def test_a_server_that_repeats_the_secret(
 def test_what_a_server_does_wrong(
     api: Api, tenant: Tenant, path: str, error: str, words: str
 ) -> None:
-    made(api, path, timeout_s=0.5)
+    made(api, path, timeout_s=0.5 if path == "/slow" else 20)
     result = run("shop", tenant)
     assert (result.error, words in result.content, "\0" in result.content) == (error, True, False)
     assert len(api.seen) == 1
@@ -161,8 +162,8 @@ def test_a_call_ends_by_itself_when_whoever_waits_gives_up(api: Api, tenant: Ten
     caller = Caller(tenant.id, None, True, 0.5)
     result = tool_run.run(registry.find("shop"), {}, caller)
     assert result.error == "ToolTimeout"
-    # No thread was left behind.
-    assert tool_run._abandoned == 0
+    # No thread is left behind, though the server answers later still.
+    until(lambda: tool_run._abandoned == 0, 1.0)
 
 
 def test_private_networks_are_refused(api: Api, tenant: Tenant, settings: Any) -> None:

@@ -1,7 +1,6 @@
 """MCP servers: real ones, over HTTP on loopback and over stdin and stdout."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,9 +21,9 @@ from llmtasks.tools import pins
 from llmtasks.tools import run as tool_run
 from llmtasks.tools.registry import registry
 from llmtasks.tools.run import Caller, Result
-from project.stack import ports
 from tests import factories
 from tests.admin_pages import changelist, page, text
+from tests.corridor import until
 
 TOOLS = ["dies", "fails", "find.order", "floods", "hangs", "lies", "refuses", "say", "variables"]
 SECRET = "top-secret-token"
@@ -36,16 +35,20 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.control = folder / "control.json"
-        self.port = ports.free_port(21000)
-        self.url = f"http://127.0.0.1:{self.port}/mcp"
-        command = [sys.executable, "-m", "tests.mcpserver", "http", str(self.port)]
-        self.process = subprocess.Popen([*command, str(self.control)], cwd=ROOT)
+        command = [sys.executable, "-m", "tests.mcpserver", "http", str(self.control)]
+        self.process = subprocess.Popen(command, cwd=ROOT)
         self.steer()
+        self.url = f"http://127.0.0.1:{until(self.port, 60.0)}/mcp"
 
     def steer(self, **changes: Any) -> None:
         self.control.write_bytes(orjson.dumps(changes))
         for kind in ("calls", "headers"):
             Path(f"{self.control}.{kind}").unlink(missing_ok=True)
+
+    def port(self) -> str:
+        assert self.process.poll() is None
+        path = Path(f"{self.control}.port")
+        return path.read_text() if path.exists() else ""
 
     @property
     def calls(self) -> list[str]:
@@ -57,23 +60,9 @@ class Running:
         self.process.wait()
 
 
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def start(folder: Path) -> Running:
-    server = Running(folder)
-    end = time.monotonic() + 60
-    while not is_open(server.port):
-        assert server.process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    return server
-
-
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    server = start(tmp_path_factory.mktemp("mcp"))
+    server = Running(tmp_path_factory.mktemp("mcp"))
     yield server
     server.end()
 
@@ -165,7 +154,7 @@ def test_a_server_that_hangs_ends_by_its_timeout(
 
 
 def test_a_server_that_dies(shop: McpServer, tenant: Tenant, tmp_path: Path) -> None:
-    other = start(tmp_path)
+    other = Running(tmp_path)
     McpServer.objects.update(url=other.url)
     shop.refresh_from_db()
     pins.discover(shop)
