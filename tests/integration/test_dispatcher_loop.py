@@ -9,8 +9,9 @@ import redis as redis_py
 from django.db import OperationalError
 from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
+from uuid_utils.compat import uuid7
 
-from llmtasks import dispatch, pulse, queues
+from llmtasks import dispatch, pulse, queues, stores
 from llmtasks.dispatch import Dispatcher
 from llmtasks.models import Config, Task
 from tests.backlogs import end_one, serve, waiting
@@ -132,8 +133,11 @@ def test_ears_sleep_while_redis_is_away(monkeypatch):
 
 def test_ears_wake_early(monkeypatch):
     monkeypatch.setattr(queues, "WAKE_S", 5.0)
+    # Channels are shared by all databases of a server, and so by all test processes.
+    monkeypatch.setattr(queues, "WAKE_CHANNEL", f"wake-{uuid7()}")
     ears = dispatch.Ears()
     ears.wait(0.01)
+    until(lambda: stores.redis_client().pubsub_numsub(queues.WAKE_CHANNEL)[0][1])
     queues.wake()
     began = time.monotonic()
     ears.wait(30)

@@ -60,7 +60,7 @@ def test_where_both_fail_both_are_tries(
     assert task.status == "failed"
     assert [a.number for a in rows] == [1, 2, 3, 4, 5]
     assert [a.error_class for a in rows][:2] == ["Timeout", "Overloaded"]
-    assert sandbox.calls(str(task.id))["calls"] == 5
+    until(lambda: sandbox.calls(str(task.id))["calls"] == 5)
     check_ledger(task)
 
 
