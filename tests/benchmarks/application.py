@@ -16,10 +16,9 @@ import psutil
 import psycopg
 import redis
 
-from project.stack.ports import free_port
 from project.stack.processes import Child, tail
 from project.stack.programs import Places, programs
-from tests.benchmarks.upstream import Upstream
+from tests.benchmarks.upstream import Upstream, own_port
 
 LANE = "default"
 RUN = ("web", "dispatcher", f"worker-{LANE}")
@@ -82,7 +81,7 @@ class Application:
     folder: Path
     environment: dict[str, str]
     key: str
-    places: Places = field(default_factory=lambda: Places(port=free_port(18700)))
+    places: Places = field(default_factory=lambda: Places(port=own_port(12000)))
     children: dict[str, Child] = field(default_factory=dict)
     servers: dict[str, psutil.Process] = field(default_factory=dict)
 

@@ -52,7 +52,7 @@ def run_quickly(folder: Path, *arguments: str) -> dict[str, object]:
         env=kept,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [written] = folder.glob("*.json")

@@ -6,6 +6,7 @@ has its head and the first part of its body at once, and its end after the delay
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from project.stack.processes import Child
 
 MODEL = "bench"
 RATE = 8000  # bytes a second
+PORTS_EACH = 200
 TEXT = (
     "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor incididunt "
     "ut labore et dolore magna aliqua. Ut enim ad minim veniam, quis nostrud exercitation."
@@ -61,7 +63,7 @@ def start(
 ) -> Upstream:
     """nginx where there is one, unless something else is wanted."""
     kind = wanted or ("nginx" if shutil.which("nginx") else "sandbox")
-    port = free_port(18900)
+    port = own_port(14000)
     command = (
         nginx(folder / "nginx", port, delays_ms)
         if kind == "nginx"
@@ -70,6 +72,13 @@ def start(
     child = Child(kind, command, folder / f"{kind}.log", environment)
     child.start()
     return Upstream(kind, port, child)
+
+
+def own_port(first: int) -> int:
+    """A free port of those from `first` on that are this test process's alone: it is taken seconds
+    later."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return free_port(first + PORTS_EACH * (worker % 10), PORTS_EACH)
 
 
 def nginx(folder: Path, port: int, delays_ms: Iterable[int]) -> list[str]:

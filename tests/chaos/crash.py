@@ -74,6 +74,10 @@ WORK = "work"
 PAUSE_S = 0.3
 # How long, and how often, one is waited for to lead.
 LEAD_S, MOST_TRIES = 6.0, 5
+# Calls that last until their worker is killed.
+LONG_MODELS = ("slow-2000", "claude-slow-2000")
+# How long, and how often, it is waited for to run one.
+RUN_S, MOST_SENT = 2.0, 10
 VICTIM, ARMED_DISPATCHER, OTHER_DISPATCHER = "worker-default-2", "dispatcher", "dispatcher-2"
 
 RUNS = """
@@ -191,14 +195,23 @@ def crash_sweep(cluster: Cluster, ids: Ids, point: str, times: int) -> int:
         for _ in range(times):
             lead(cluster, armed)
             deaths = armed.deaths
-            sent = ids.send(cluster, point, ("slow-500", "claude-slow-500"))
-            wait_for(lambda: cluster.rows(RUNS, [cluster.running[VICTIM].pid]), 20, 0.02)
+            sent = occupy(cluster, ids, point)
             cluster.kill9(VICTIM)
             armed.wait_for_death(deaths)
             cluster.start(VICTIM)
             wait_until_final(cluster, sent)
             wait_for(lambda: VICTIM in cluster.serving(), 30)
         return armed.deaths
+
+
+def occupy(cluster: Cluster, ids: Ids, point: str) -> list[str]:
+    """Send until the victim runs something, since the others may take all; the tasks."""
+    sent: list[str] = []
+    for _ in range(MOST_SENT):
+        sent += ids.send(cluster, point, LONG_MODELS)
+        if until(lambda: cluster.rows(RUNS, [cluster.running[VICTIM].pid]), RUN_S, 0.02):
+            return sent
+    raise AssertionError(f"{VICTIM} never ran anything")
 
 
 def lead(cluster: Cluster, armed: Armed) -> None:

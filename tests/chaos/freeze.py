@@ -23,6 +23,7 @@ import psutil
 from tests.acceptance.cluster import KEY, Cluster, chat, wait_for
 from tests.chaos import audit, history
 from tests.chaos.calls import insist
+from tests.chaos.submit import until
 
 LEASE_S = 4.0
 FROZEN_S = LEASE_S + 3.0
@@ -34,8 +35,10 @@ ROUNDS_SHORT = 1
 # rounds more until one was.
 MOST_MORE = 4
 # Some answers come while nobody reads them, some after; others stream all the while.
-MODELS = ("slow-500", "claude-slow-1000", "slow-3000", "claude-slow-5000", "long-400-50")
+MODELS = ("slow-500", "claude-slow-1000", "slow-3000", "claude-slow-5000", "long-600-50")
 BATCH = 10
+# How long a program is waited for to run some of a batch, and how often another batch is queued.
+RUN_S, MOST_BATCHES = 2.0, 5
 PATIENCE_S = 90.0
 
 RUNS = """
@@ -129,7 +132,7 @@ def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool
         copies={"worker-default": 2, "dispatcher": 2},
         settings=SETTINGS,
     ) as cluster:
-        cluster.manage("seed_demo", "--route", "long-400-50")
+        cluster.manage("seed_demo", "--route", "long-600-50")
         audit.install(cluster)
         history.install(cluster)
         ids: dict[int, str] = {}
@@ -142,7 +145,7 @@ def run(clusters: Callable[..., AbstractContextManager[Cluster]], is_short: bool
                     ids |= queue(cluster, len(ids))
                     if name == "web":
                         calls += [callers.submit(call, cluster, n) for n in range(BATCH)]
-                    freeze(cluster, name)
+                    freeze(cluster, name, ids)
                     frozen[name] += 1
                     wait_for(lambda: is_at_rest(cluster), PATIENCE_S)
             answered = sum(one.result()["status"] == "succeeded" for one in calls)
@@ -169,20 +172,29 @@ def call(cluster: Cluster, number: int) -> dict[str, Any]:
         return insist(client, chat(MODELS[number % len(MODELS)], mode="inline"))
 
 
-def freeze(cluster: Cluster, name: str) -> None:
-    """Stop it in the middle of its work, and have it go on after its lease."""
+def freeze(cluster: Cluster, name: str, ids: dict[int, str]) -> None:
+    """Stop it in the middle of its work, and have it go on after its lease. `ids` is added to."""
     group = cluster.running[name].pid
     if name == "dispatcher":
         cluster.restart("dispatcher-2")
         wait_for(lambda: cluster.rows(LEADER) == [(group,)], 30, 0.02)
     else:
         pids = [group, *(child.pid for child in psutil.Process(group).children())]
-        wait_for(lambda: cluster.rows(RUNS, [pids])[0][0] >= 3, 30, 0.02)
+        keep_busy(cluster, lambda: cluster.rows(RUNS, [pids])[0][0] >= 3, ids)
     os.killpg(group, signal.SIGSTOP)
     try:
         time.sleep(FROZEN_S)
     finally:
         os.killpg(group, signal.SIGCONT)
+
+
+def keep_busy(cluster: Cluster, is_busy: Callable[[], bool], ids: dict[int, str]) -> None:
+    """Until a program has enough to do: of one batch the other worker may take almost all."""
+    for _ in range(MOST_BATCHES):
+        if until(is_busy, RUN_S, 0.02):
+            return
+        ids |= queue(cluster, len(ids))
+    wait_for(is_busy, 30, 0.02)
 
 
 def is_at_rest(cluster: Cluster) -> bool:

@@ -368,7 +368,8 @@ def own_cluster(servers: Servers, size: Size) -> Iterator[Cluster]:
             Path(folder),
             servers.database_url,
             servers.redis_url,
-            first_port=FIRST_PORT + 1800,
+            # No other's: see there.
+            first_port=FIRST_PORT - 1000,
             names=("sandbox", "web", "dispatcher", "worker-default"),
             settings=size.settings,
         )
