@@ -43,6 +43,10 @@ class Scripted:
             peer.close()
             peer.thread.join()
 
+    def wait_until_closed(self, number: int) -> None:
+        """Until the script of that connection has ended."""
+        self._peers[number].thread.join()
+
     def _accept(self) -> None:
         while True:
             try:

@@ -95,7 +95,10 @@ def test_after_a_hole_the_pieces_end_with_a_reset(outbox: Outbox, sent: Sent):
     assert sent.events[-1] == ("delta", {"attempt": 2, "text": "whole again"})
 
 
-def test_nobody_waits_for_an_outage_twice(outbox: Outbox, sent: Sent):
+def test_nobody_waits_for_an_outage_twice(
+    outbox: Outbox, sent: Sent, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(events, "SKIP_S", 3600.0)
     sent.is_away = True
     write(outbox, "a")
     outbox.flush()

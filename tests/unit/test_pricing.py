@@ -264,13 +264,13 @@ def test_the_table_is_read_once_per_version(reads, monkeypatch):
 
 def test_the_last_table_holds_while_postgres_is_away(reads, monkeypatch):
     monkeypatch.setattr(pulse, "config_version", lambda: 1)
+    monkeypatch.setattr(pricing, "READ_AGAIN_S", 3600.0)
     known = pricing.prices()
     monkeypatch.setattr(pulse, "config_version", lambda: 2)
     reads.fail = True
     assert pricing.prices() is known
     reads.fail = False
     assert pricing.prices() is known, "read again, and waited for, by every single call"
-    monkeypatch.setattr(pricing, "READ_AGAIN_S", 0.0)
     monkeypatch.setattr(pricing, "_read_again_at", float("-inf"))
     assert pricing.prices().version == 2
 

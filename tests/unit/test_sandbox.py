@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,12 +72,17 @@ def task(name, number=1):
     return Exchange(headers={"X-Client-Request-Id": f"{name}.{number}"})
 
 
+def until(condition):
+    """Wait for it, for a few seconds."""
+    deadline = time.monotonic() + 3
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def once_all_left(sandbox, name):
     """The task's tally once nothing of it is under way any more."""
-    deadline = time.monotonic() + 3
-    while (tally := sandbox.calls(name))["under_way"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return tally
+    until(lambda: not sandbox.calls(name)["under_way"])
+    return sandbox.calls(name)
 
 
 def both(provider, request, name="both"):
@@ -337,8 +341,14 @@ def test_calls_are_counted(sandbox, provider):
 
 def test_overlaps_are_counted(sandbox):
     provider = build("compatible", sandbox)
+    exchanges = [task("over", n) for n in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda n: provider.complete(chat("slow-200"), task("over", n)), range(3)))
+        calls = [pool.submit(provider.complete, chat("slow-5000"), each) for each in exchanges]
+        until(lambda: sandbox.calls("over")["under_way"] == 3)
+        for exchange, call in zip(exchanges, calls, strict=True):
+            exchange.drop("cancel")
+            with pytest.raises(errors.Dropped):
+                call.result()
         list(pool.map(lambda n: provider.complete(chat("slow-50"), task(f"apart-{n}")), range(3)))
     assert sandbox.calls("over")["overlaps"] == 2
     assert [sandbox.calls(f"apart-{n}")["overlaps"] for n in range(3)] == [0, 0, 0]
@@ -347,9 +357,12 @@ def test_overlaps_are_counted(sandbox):
 def test_clients_that_leave_are_noticed(sandbox, provider):
     name = f"left-{type(provider).__name__}"
     exchange = task(name)
-    threading.Timer(0.1, exchange.drop, ["cancel"]).start()
-    with pytest.raises(errors.Dropped):
-        provider.complete(chat("slow-9000"), exchange)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(provider.complete, chat("slow-9000"), exchange)
+        until(lambda: exchange.is_sent)
+        exchange.drop("cancel")
+        with pytest.raises(errors.Dropped):
+            call.result()
     stream = provider.stream(chat("long-9000-50"), task(name, 2))
     next(stream)
     stream.close()
@@ -501,14 +514,17 @@ def test_a_client_that_sends_too_much_ahead_is_cut_off(sandbox, monkeypatch):
                 client.sendall(b"x" * 65536)
 
 
-def test_connections_are_bounded_and_idle_ones_end(monkeypatch):
+def test_connections_are_bounded(monkeypatch):
     monkeypatch.setattr(sandbox_http, "MAX_CONNECTIONS", 1)
+    with Sandbox() as server, socket.create_connection(address(server), timeout=5):
+        assert talk(server, b"").startswith(b"HTTP/1.1 503")
+
+
+def test_idle_connections_end(monkeypatch):
     monkeypatch.setattr(sandbox_http, "IDLE_SECONDS", 0.2)
     with Sandbox() as server:
-        with socket.create_connection(address(server), timeout=5) as first:
-            time.sleep(0.05)
-            assert talk(server, b"").startswith(b"HTTP/1.1 503")
-            assert first.recv(1) == b""
+        with socket.create_connection(address(server), timeout=5) as client:
+            assert client.recv(1) == b""
 
 
 def test_a_fault_of_the_sandbox_itself_ends_the_connection(monkeypatch):
@@ -551,14 +567,13 @@ def test_stopping_twice_is_no_error():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serving_until_a_signal(number):
     heard = []
-    timer = threading.Timer(0.2, os.kill, [os.getpid(), number])
-    timer.start()
-    if number == signal.SIGTERM:
-        serve("127.0.0.1", 0, ready=lambda host, port: heard.append((host, port)))
-        assert heard[0][0] == "127.0.0.1"
-    else:
-        serve("127.0.0.1", 0)
-    timer.join()
+
+    def ready(host, port):
+        heard.append(host)
+        os.kill(os.getpid(), number)
+
+    serve("127.0.0.1", 0, ready=ready)
+    assert heard == ["127.0.0.1"]
 
 
 def test_serving_as_a_process_until_a_signal():
