@@ -119,7 +119,8 @@ def test_postgres_goes_away(cluster: Cluster, servers: Servers, how: str):
     waiting = cluster.queue("echo", run_at=in_(6))
     for task_id in slow:
         under_way(cluster, task_id)
-    inline = Beside(cluster, chat("slow-5000", mode="inline"))
+    # Over before a process that lost Postgres drops its calls: DROP_AFTER_S.
+    inline = Beside(cluster, chat("slow-3000", mode="inline"))
     wait_for(
         lambda: cluster.rows(
             "SELECT 1 FROM llmtasks_task t JOIN llmtasks_attempt a ON a.task_id = t.id"
