@@ -3,8 +3,11 @@
 One thread; without limits, with an account's three (requests, tokens, calls at once), and with
 those of a tenant and a key as well, all with room. Calls take no time, so that each one's
 settlement goes with what the next one asks, or PAUSE_S, in which it is sent meanwhile. *in Redis*
-is the server's own time for both. *PING* is the least that any trip takes, with the same pauses
-and right after: over the limiter's own connection, and by redis-py's client.
+is the server's own time for both.
+
+*Idle script* is the same with one that lets everything through and keeps nothing: the trip, and
+Python's part. *PING* is the least that any trip takes, over the limiter's own connection and by
+redis-py's client. Both follow right after, with the same pauses.
 """
 
 import time
@@ -20,6 +23,13 @@ from tests.benchmarks.tables import percentile
 PROVIDER, MODEL = "limited", "bench"
 # A very fast vendor.
 PAUSE_S = 0.005
+# It gives each meter of a call one unit.
+IDLE_SCRIPT = b"""
+redis.register_function(NAME, function(_, given)
+  if given[1] ~= 'take' then return '{}' end
+  return { '{"at":"1","age":0}', string.rep(struct.pack('<dddd', 1, 1, 1, 1), #given[3] / 96) }
+end)
+"""
 # (whose, unit, window, amount): far from being reached.
 LIMITS = (
     ("provider", "requests", "minute", 1_000_000_000),
@@ -40,6 +50,7 @@ COLUMNS = {
     "whole_p50_ms": "both p50 ms",
     "whole_p99_ms": "p99",
     "redis_us": "in Redis us",
+    "idle_p50_ms": "idle script p50 ms",
     "ping_p50_ms": "PING p50 ms",
     "client_ping_p50_ms": "by redis-py",
 }
@@ -125,9 +136,26 @@ def one(
         **percentiles("settle", settled),
         **percentiles("whole", whole),
         "redis_us": round(redis_us, 1),
+        "idle_p50_ms": idle_ms(provider, tenant, key, calls // 4, pause_s),
         "ping_p50_ms": ping_ms(lambda: meters.exchange([[b"PING"]]), calls // 4, pause_s),
         "client_ping_p50_ms": ping_ms(server.ping, calls // 4, pause_s),
     }
+
+
+def idle_ms(provider: str, tenant: UUID, key: UUID | None, calls: int, pause_s: float) -> float:
+    """The median of so many calls, both halves, with the script that does nothing."""
+    from llmtasks.guards import meters
+
+    known = meters.NAME, meters.LIBRARY
+    meters.flush()
+    meters.NAME, meters.LIBRARY = meters.library(IDLE_SCRIPT)
+    try:
+        timed(provider, tenant, key)
+        took = [sum(timed(provider, tenant, key, pause_s)[1:]) * 1000 for _ in range(calls)]
+        meters.flush()
+    finally:
+        meters.NAME, meters.LIBRARY = known
+    return round(percentile(took, 50), 4)
 
 
 def ping_ms(ping: Callable[[], Any], count: int, pause_s: float) -> float:
