@@ -27,4 +27,6 @@ def test_a_busy_web_process_leaves_work_to_the_workers(cluster: Cluster):
         wait_for(lambda: cluster.bill()["under_way"] == CALLS, 20)
         assert auto(cluster) == "queued"
     # They hung up.
+    wait_for(lambda: cluster.bill()["under_way"] == 0, 20)
+    # The web process's threads end a moment after the vendor's connections.
     wait_for(lambda: auto(cluster) == "inline", 20)

@@ -52,7 +52,7 @@ def run_quickly(folder: Path, *arguments: str) -> dict[str, object]:
         env=kept,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [written] = folder.glob("*.json")

@@ -76,7 +76,7 @@ SHORT = Size(45.0, 8.0, 12.0, 4.0, 0.01, 0.2, 1000.0)
 CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "eight workers, half of their clocks wrong": lambda f: (
         f["workers"] == 8
-        and all(abs(f["clocks_off_s"][name] - seconds) < 5 for name, seconds in CLOCKS_S.items())
+        and all(abs(f["clocks_off_s"][name] - seconds) < 2 for name, seconds in CLOCKS_S.items())
     ),
     "no minute ever held more than its limit, by the vendor's count": lambda f: all(
         limit["peak"] <= limit["amount"]

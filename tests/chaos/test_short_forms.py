@@ -29,7 +29,7 @@ def test_the_short_form_holds(name: str, tmp_path: Path):
     number = 4 + worker % 4
     command = [sys.executable, "-m", "tests.chaos", name, "--short", "--number", str(number)]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / f"chaos-{name}.json").read_text())

@@ -100,7 +100,7 @@ def test_a_stream_ends_after_a_while_and_says_when_to_come_back(
     settings.LLMTASKS = {**settings.LLMTASKS, "STREAM_S": 0.3}
     began = time.monotonic()
     body = body_of(watch(caller, task_id))
-    assert 0.2 < time.monotonic() - began < 10
+    assert 0.2 < time.monotonic() - began < 2
     assert body.startswith(b"retry: 1000\n\n")
 
 
@@ -150,7 +150,7 @@ def test_without_redis_the_row_is_enough(
     found = frames_of(answer)
     worker.join()
     assert [name for _, name, _ in found] == ["snapshot", "done"]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 3
     waiting_for = caller.task(mode="queued", headers={"Prefer": "wait=1"})
     assert waiting_for.status_code == 202
 

@@ -154,7 +154,7 @@ def test_a_hint_is_lost_when_it_is_old_and_lies_in_no_queue():
 
 
 def test_a_new_leader_puts_back_what_the_one_before_marked_and_did_not_send():
-    left, sent, now = released(3), released(3), released(-30)
+    left, sent, now = released(3), released(3), released(0)
     queues.publish([(sent.id, 1, "sandbox", "default")])
     assert sweep.take_over() == 1
     assert [after(task).status for task in (left, sent, now)] == ["waiting", "queued", "queued"]
