@@ -11,6 +11,7 @@ from llmtasks.attempts import Sending
 from llmtasks.models import Attempt, Provider, Route, Task
 from tests import corridor, factories
 from tests.corridor import until
+from tests.meters import put_p95
 
 P95_MS = 60
 SLOW = "slow-20000"
@@ -32,7 +33,7 @@ def hedged(redis: Any):
         Route.objects.filter(pk=row.pk).update(hedges=True)
         if p95_ms is not None:
             account, model = candidates[0]
-            redis.hset(f"{{limits}}:stats:{account.name}/{model}", "p95", p95_ms)
+            put_p95(redis, f"{account.name}/{model}", p95_ms)
         return row
 
     return make

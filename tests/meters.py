@@ -9,6 +9,10 @@ from llmtasks.guards import meters
 
 STATE = struct.Struct("<13d")
 SUM = 4
+BREAKER = struct.Struct("<4d")
+OPEN, COOLDOWN_US = 1, 10e6
+LEARNT = struct.Struct("<4d")
+NONE, OUTPUT, P95 = -1, 1, 2
 
 
 def ask_once(redis: Any) -> None:
@@ -22,7 +26,7 @@ def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         meters,
         "later",
-        lambda operation, keys, given, heard: heard(meters.run(operation, keys, given)),
+        lambda *asked: asked[-1](meters.run(*asked[:-1])),
     )
 
 
@@ -30,3 +34,19 @@ def used(redis: Any, key: str | bytes) -> int:
     """What a rate's meter counts in its window; 0 where there is none."""
     state = redis.hget(key, "state")
     return int(STATE.unpack(state)[SUM]) if state else 0
+
+
+def open_breaker(redis: Any, place: str, until_us: float) -> None:
+    """For a provider's model; where that is over, it lets its first probe through."""
+    redis.set(f"{{limits}}:circuit:{place}", BREAKER.pack(OPEN, until_us, COOLDOWN_US, 0))
+
+
+def learnt(redis: Any, place: str) -> tuple[float, ...]:
+    """Tokens a byte, the tokens of an answer, p95 (ms) and the highest tokens a byte of a model;
+    `NONE` for what nobody knows."""
+    kept = redis.get(f"{{limits}}:learnt:{place}")
+    return LEARNT.unpack(kept) if kept else (NONE,) * 4
+
+
+def put_p95(redis: Any, place: str, ms: float) -> None:
+    redis.set(f"{{limits}}:learnt:{place}", LEARNT.pack(NONE, NONE, ms, NONE))

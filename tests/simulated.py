@@ -113,7 +113,9 @@ class Limiter:
 
     def wait_us(self, grant: Grant) -> int:
         """0 where the call was let through, else how long until it may ask again."""
-        answer = meters.run("take", [m.key for m in grant.meters], rate_limit.asked(grant))
+        answer = meters.run(
+            "take", rate_limit.keys_of(grant), rate_limit.asked(grant), rate_limit.reserved(grant)
+        )
         if "wait" in answer:
             assert answer["why"] == "limit"
             return int(answer["wait"])
@@ -125,8 +127,8 @@ class Limiter:
 
     def used(self, one: Rule) -> int:
         """What the meter of a rule holds now."""
-        arguments = {"meters": [one.wire()], "places": [], "horizon": 0}
-        answer = meters.run("room", [f"{{limits}}:meter:{one.id}"], arguments)
+        arguments = {"places": [], "horizon": 0}
+        answer = meters.run("room", [f"{{limits}}:meter:{one.id}"], arguments, [one.wire()])
         return int(answer["rooms"][0][1])
 
 

@@ -19,6 +19,8 @@ LEAST_TOKENS_PER_BYTE = 0.25
 JSON_BYTES = 200
 # About 1,000 tokens, whatever its size.
 IMAGE_BYTES = 4000
+# To the script, what nobody knows.
+NONE = -1
 # How much more than expected is reserved where the caller set no limit of its own.
 INPUT_MARGIN = 1.1
 OUTPUT_MARGIN = 2.0
@@ -93,21 +95,25 @@ def stats_of(provider: str, model: str) -> Stats:
     return _stats.get(f"{provider}/{model}", Stats())
 
 
-def put_stats(place: str, found: Sequence[float | str]) -> None:
-    """Remember what Redis told, empty for what nobody knows."""
-    _stats[place] = Stats(*(None if one == "" else float(one) for one in found))
+def put_stats(place: str, found: Sequence[float]) -> None:
+    """Remember what Redis told, `NONE` for what nobody knows."""
+    _stats[place] = Stats(*known(found))
+
+
+def known(found: Sequence[float]) -> list[float | None]:
+    return [None if one == NONE else one for one in found]
 
 
 def need_of(provider: str, model: str, input_bytes: int, max_output: int | None) -> Need:
     """What a call of so many bytes reserves; `max_output` is the caller's own limit."""
-    known = stats_of(provider, model)
-    expected_input = int(input_bytes * (known.tokens_per_byte or TOKENS_PER_BYTE)) + 1
-    usual = known.output_tokens or ASSUMED_OUTPUT
+    stats = stats_of(provider, model)
+    expected_input = int(input_bytes * (stats.tokens_per_byte or TOKENS_PER_BYTE)) + 1
+    usual = stats.output_tokens or ASSUMED_OUTPUT
     expected_output = int(usual if max_output is None else min(usual, max_output))
     return Need(
         input_tokens=max(
             int(expected_input * INPUT_MARGIN),
-            int(input_bytes * (known.high or 0.0)) + 1,
+            int(input_bytes * (stats.high or 0.0)) + 1,
             int((input_bytes - JSON_BYTES) * LEAST_TOKENS_PER_BYTE),
         ),
         output_tokens=int(usual * OUTPUT_MARGIN) if max_output is None else max_output,

@@ -14,7 +14,6 @@ nobody does: it comes before what its own thread asks after it.
 import atexit
 import logging
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from typing import Any
 
 import orjson
 import redis
+from hiredis import pack_command
 
 from llmtasks import stores
 
@@ -43,8 +43,6 @@ MOST_LATER = 10_000
 # A command's way through a cluster: every key of ours has this tag.
 PLACE = "{limits}:epoch"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_bytes()
-# What a meter gave a call that was let through: need, pace, left and reset_us.
-GIVEN = struct.Struct("<4d")
 
 
 def library(script: bytes) -> tuple[bytes, bytes]:
@@ -103,7 +101,8 @@ class Outage:
 outage = Outage()
 
 # What follows the script's name: how many keys, the keys, the arguments.
-Tail = list[bytes]
+Tail = tuple[str | bytes, ...]
+Command = tuple[str | bytes, ...]
 Answer = dict[str, Any]
 Heard = Callable[[Answer], None]
 
@@ -163,19 +162,27 @@ def begin_anew() -> None:
 os.register_at_fork(after_in_child=begin_anew)
 
 
-def run(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> Answer:
-    """One operation of `rate_limit.lua`; `meters` of its arguments are packed already. Raises
-    `Away`."""
+def run(
+    operation: str, keys: Sequence[str], arguments: dict[str, Any], wires: Sequence[bytes] = ()
+) -> Answer:
+    """One operation of `rate_limit.lua` with the meters at `keys`, each packed in `wires`; what it
+    answers as numbers is `packed`. Raises `Away`."""
     if not outage.may_ask():
         raise Away
-    return trip(tail_of(operation, keys, arguments))
+    return trip(tail_of(operation, keys, arguments, wires))
 
 
-def later(operation: str, keys: Sequence[str], arguments: dict[str, Any], heard: Heard) -> None:
+def later(
+    operation: str,
+    keys: Sequence[str],
+    arguments: dict[str, Any],
+    wires: Sequence[bytes],
+    heard: Heard,
+) -> None:
     """The same for what nobody waits for: sent with whatever is asked next, or within milliseconds
     by itself. `heard` is given the answer, in any thread. What a process had not sent when it was
     killed is lost; what waits while Redis is away is sent afterwards."""
-    _later.put(tail_of(operation, keys, arguments), heard)
+    _later.put(tail_of(operation, keys, arguments, wires), heard)
 
 
 @atexit.register
@@ -186,12 +193,11 @@ def flush() -> None:
             trip()
 
 
-def tail_of(operation: str, keys: Sequence[str], arguments: dict[str, Any]) -> Tail:
-    # To the script null is not nil.
-    given = {name: value for name, value in arguments.items() if value is not None}
-    packed_meters = b"".join(given.pop("meters", ()))
-    named = [key.encode() for key in (*keys, PLACE)]
-    return [b"%d" % len(named), *named, operation.encode(), orjson.dumps(given), packed_meters]
+def tail_of(
+    operation: str, keys: Sequence[str], arguments: dict[str, Any], wires: Sequence[bytes]
+) -> Tail:
+    given = orjson.dumps(arguments)
+    return str(len(keys) + 1), *keys, PLACE, operation, given, b"".join(wires)
 
 
 def trip(asked: Tail | None = None) -> Answer:
@@ -224,8 +230,8 @@ def read(answer: Any) -> Answer:
         raise Away from answer
     outage.found(None)
     if isinstance(answer, list):
-        told, given_by = answer
-        return {**orjson.loads(told), "meters": GIVEN.iter_unpack(given_by)}
+        told, packed = answer
+        return {**orjson.loads(told), "packed": packed}
     return orjson.loads(answer)  # type: ignore[no-any-return]
 
 
@@ -237,11 +243,11 @@ def is_passing(error: redis.ResponseError) -> bool:
 def send(tails: Sequence[Tail]) -> list[Any]:
     """Run the script for each: its answers, `redis.ResponseError`s among them. Raises other
     `redis.RedisError`s, `OSError`."""
-    calls = [[b"FCALL", NAME, *tail] for tail in tails]
+    calls = [("FCALL", NAME, *tail) for tail in tails]
     answers = exchange(calls)
     if any(map(is_unknown, answers)):
         # Whoever else found that loads it as well: then it is there already.
-        _, *answers = exchange([[b"FUNCTION", b"LOAD", LIBRARY], *calls])
+        _, *answers = exchange([("FUNCTION", "LOAD", LIBRARY), *calls])
     return answers
 
 
@@ -250,11 +256,12 @@ def is_unknown(answer: Any) -> bool:
     return isinstance(answer, redis.ResponseError) and "Function not found" in str(answer)
 
 
-def exchange(commands: Sequence[Sequence[bytes]]) -> list[Any]:
+def exchange(commands: Sequence[Command]) -> list[Any]:
     """Send commands and wait for their answers, `redis.ResponseError`s among them. Those whose idle
     connection the server had closed are sent again over a new one: the script does for a call once
     what it is asked twice."""
-    data = b"".join(map(packed, commands))
+    # Its stub speaks of tuples of one part.
+    data = b"".join(map(pack_command, commands))  # type: ignore[arg-type]
     try:
         connection = _idle.pop()
     except IndexError:
@@ -265,10 +272,6 @@ def exchange(commands: Sequence[Sequence[bytes]]) -> list[Any]:
         # The others are of the same age.
         forget_connections()
         return ask(connect(), data, len(commands))
-
-
-def packed(parts: Sequence[bytes]) -> bytes:
-    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in parts)
 
 
 def connect() -> Any:

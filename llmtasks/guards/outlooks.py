@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from llmtasks.guards import meters, rate_limit, rules
+from llmtasks.guards import estimates, meters, rate_limit, rules
 
 
 @dataclass(slots=True)
@@ -32,13 +32,13 @@ def outlooks(
         "room",
         [rule.meter(tenant_id, key_id) for _, rule in asked],
         {
-            "meters": [rule.wire() for _, rule in asked],
             # Nothing is kept back from who waits.
             "urgent": True,
             "places": [f"{provider}/{model}" for provider, model in models],
             "horizon": int(horizon_s * 1e6),
             "lease": rate_limit.lease_us(),
         },
+        [rule.wire() for _, rule in asked],
     )
     found = [outlook(horizon_s, *place) for place in answer["places"] or ()]
     for (index, rule), (free, _, mean, amount) in zip(asked, answer["rooms"] or (), strict=True):
@@ -48,8 +48,10 @@ def outlooks(
     return found
 
 
-def outlook(horizon_s: float, state: str, open_us: float, gate_us: float, *learnt: str) -> Outlook:
+def outlook(
+    horizon_s: float, state: str, open_us: float, gate_us: float, *learnt: float
+) -> Outlook:
     """Of a model's breaker and gate, and what was learnt of it."""
-    p95 = learnt[2]
+    _, _, p95_ms, _ = estimates.known(learnt)
     is_open = state == "closed" and gate_us <= horizon_s * 1e6
-    return Outlook(float("inf") if is_open else 0.0, float(p95) if p95 else None)
+    return Outlook(float("inf") if is_open else 0.0, p95_ms)

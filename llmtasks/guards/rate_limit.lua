@@ -10,10 +10,10 @@
 --                                    zset    calls at once: attempt -> its lease's end  leases
 -- {limits}:seeding:<limit>[:<who>]   string  the attempt that reads Postgres for it         seconds
 -- {limits}:gate:<place>              string  closed until (us)                          until then
--- {limits}:breaker:<place>           hash    state, until, cooldown, passed             an hour
+-- {limits}:circuit:<place>           string  packed, see BREAKER; none where closed     an hour
 -- {limits}:health:<place>            hash    c<n> calls, f<n> faults of the n-th 5 s    a minute
 -- {limits}:probes:<place>            zset    half-open: attempt -> its lease's end      leases
--- {limits}:stats:<place>             hash    ratio, high, output, p95 (moving)          a week
+-- {limits}:learnt:<place>            string  packed, see LEARNT                          a week
 -- {limits}:tries:<provider>          hash    c<n> calls, x<n> again of the n-th 10 s    a minute
 -- {limits}:errors                    hash    <place> <error class> -> count             for ever
 -- {limits}:retries                   hash    the same, of those that are tried again    for ever
@@ -27,6 +27,10 @@
 --
 -- It is a library of one function, whose first line (`#!lua name=…`) and NAME `meters.py` writes.
 -- Its arguments: the operation, what it is given as JSON, and the meters as `Rule.wire` packs them.
+-- It answers JSON, or JSON and numbers that are packed. A number that nobody knows is NONE.
+--
+-- Between two calls the server's caches are cold: what a command costs is mostly that it is another
+-- one. So what is read together is one key, or keys of one MGET.
 
 local SLOTS = 120
 local BREAKER_SLOT, BREAKER_SLOTS, BREAKER_LEAST = 5e6, 6, 20
@@ -39,13 +43,12 @@ local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 10000
 local RESTART = 5e6
 -- What is left for a waiting call is left until it can have asked again.
 local CLAIM_SHARE, CLAIM_US = 1.2, 200000
+local NONE = -1
 
 -- Of the call: what it was given, and when.
 local keys, args, packed, now
 -- The server was started since the last call, or knew another library: what it holds may be old.
 local is_started = true
-
-local function text(number) return string.format('%.0f', number) end
 
 local function epoch(known)
   local since = tonumber(known)
@@ -91,7 +94,7 @@ end
 -- line     when the next background call that is refused may ask again (us)
 --
 -- Packed, since a command takes longer with each field.
-local STATE, NONE = '<ddddddddddddd', -1
+local STATE = '<ddddddddddddd'
 
 local function state_of(m)
   return struct.pack(STATE, m.began, m.all, m.back, m.each, m.sum, m.oldest, m.cap, m.mean, m.want,
@@ -232,67 +235,85 @@ end
 
 -- What is learnt of a model -----------------------------------------------------------------------
 
-local function stats(place)
-  local found = redis.call('HMGET', '{limits}:stats:' .. place, 'ratio', 'output', 'p95', 'high')
-  for i = 1, 4 do found[i] = found[i] or '' end
-  return found
+-- ratio    tokens a byte (moving average)
+-- output   the tokens of an answer (the same)
+-- p95      how long a call takes (ms)
+-- high     what 95 % of the ratios stay below
+local LEARNT = '<dddd'
+
+local function learnt_in(kept)
+  if not kept then return NONE, NONE, NONE, NONE end
+  local ratio, output, slow, high = struct.unpack(LEARNT, kept)
+  return ratio, output, slow, high
 end
 
 local function average(known, value, share)
-  return known and known + share * (value - known) or value
+  return known ~= NONE and known + share * (value - known) or value
 end
 
 local function p95(known, value, least)
   -- A step up for each larger value, a nineteenth of it down for each smaller one.
-  if not known then return value end
+  if known == NONE then return value end
   local step = 0.05 * math.max(known, least)
   return value > known and known + 0.95 * step or known - 0.05 * step
 end
 
-local function learn(place)
-  local ratio, output, slow, high = unpack(stats(place))
-  slow = p95(tonumber(slow), args.ms, 1)
-  if (args.ratio or 0) > 0 then
-    ratio = average(tonumber(ratio), args.ratio, 0.05)
-    high = p95(tonumber(high), args.ratio, 1e-3)
+local function learn(place, kept)
+  local ratio, output, slow, high = learnt_in(kept)
+  slow = p95(slow, args.ms, 1)
+  if args.ratio > 0 then
+    ratio = average(ratio, args.ratio, 0.05)
+    high = p95(high, args.ratio, 1e-3)
   end
-  if (args.output or 0) > 0 then output = average(tonumber(output), args.output, 0.1) end
-  local key = '{limits}:stats:' .. place
-  redis.call('HSET', key, 'ratio', ratio, 'output', output, 'p95', slow, 'high', high)
-  redis.call('PEXPIRE', key, WEEK_MS)
-  return { ratio, output, slow, high }
+  if args.output > 0 then output = average(output, args.output, 0.1) end
+  kept = struct.pack(LEARNT, ratio, output, slow, high)
+  redis.call('SET', '{limits}:learnt:' .. place, kept, 'PX', WEEK_MS)
+  return kept
 end
 
--- After a call ------------------------------------------------------------------------------------
+-- The breaker -------------------------------------------------------------------------------------
+
+-- state      open or half open
+-- til        until when it lets nothing through (us)
+-- cooldown   for how long it did so (us)
+-- passed     probes that went well
+local BREAKER, OPEN, HALF_OPEN = '<dddd', 1, 2
+
+local function breaker_in(kept)
+  if not kept then return NONE, 0, NONE, 0 end
+  return struct.unpack(BREAKER, kept)
+end
+
+local function put_breaker(place, state, til, cooldown, passed)
+  redis.call('SET', '{limits}:circuit:' .. place,
+    struct.pack(BREAKER, state, til, cooldown, passed), 'PX', HOUR_MS)
+end
 
 local function open(place, cooldown)
-  local key = '{limits}:breaker:' .. place
-  redis.call('DEL', key, '{limits}:health:' .. place)
-  redis.call('HSET', key, 'state', 'open', 'until', now + cooldown, 'cooldown', cooldown)
-  redis.call('PEXPIRE', key, HOUR_MS)
+  redis.call('DEL', '{limits}:health:' .. place)
+  put_breaker(place, OPEN, now + cooldown, cooldown, 0)
   return 'opened'
 end
 
-local function settle_probe(place, is_fault)
-  local key, probes = '{limits}:breaker:' .. place, '{limits}:probes:' .. place
-  local cooldown, passed = unpack(redis.call('HMGET', key, 'cooldown', 'passed'))
+local function settle_probe(place, is_fault, til, cooldown, passed)
+  local probes = '{limits}:probes:' .. place
   if is_fault then
     redis.call('DEL', probes)
-    return open(place, math.min(2 * (tonumber(cooldown) or COOLDOWN), COOLDOWN_MOST))
+    return open(place, math.min(2 * cooldown, COOLDOWN_MOST))
   end
-  if (tonumber(passed) or 0) + 1 >= PROBES_TO_CLOSE then
-    redis.call('DEL', key, probes, '{limits}:health:' .. place)
+  if passed + 1 >= PROBES_TO_CLOSE then
+    redis.call('DEL', '{limits}:circuit:' .. place, probes, '{limits}:health:' .. place)
     return 'closed'
   end
-  redis.call('HINCRBY', key, 'passed', 1)
+  put_breaker(place, HALF_OPEN, til, cooldown, passed + 1)
 end
 
-local function tell_breaker(place, health, attempt)
-  local state = redis.call('HGET', '{limits}:breaker:' .. place, 'state')
-  if state then
+local function tell_breaker(place, kept, health, attempt)
+  if kept then
+    local state, til, cooldown, passed = breaker_in(kept)
     local was_probe = redis.call('ZREM', '{limits}:probes:' .. place, attempt) == 1
-    if state == 'half_open' and was_probe and health ~= '' then
-      return settle_probe(place, health == 'fault')
+    if state == HALF_OPEN and was_probe and health ~= '' then
+      return settle_probe(place, health == 'fault', til, cooldown, passed)
     end
     return nil
   end
@@ -305,6 +326,28 @@ local function tell_breaker(place, health, attempt)
     if calls >= BREAKER_LEAST and faults * 2 >= calls then return open(place, COOLDOWN) end
   end
 end
+
+local function wait_for_breaker(place, kept)
+  local state, til, cooldown, passed = breaker_in(kept)
+  if state == OPEN and now < til then return til - now end
+  local probes = '{limits}:probes:' .. place
+  redis.call('ZREMRANGEBYSCORE', probes, '-inf', now)
+  if redis.call('ZCARD', probes) >= PROBES then return 500000 end
+  return 0
+end
+
+local function begin_probe(place, kept, attempt)
+  local state, til, cooldown, passed = breaker_in(kept)
+  local probes = '{limits}:probes:' .. place
+  redis.call('ZADD', probes, now + args.lease, attempt)
+  redis.call('PEXPIRE', probes, math.ceil(args.lease / 500))
+  if state == OPEN then
+    put_breaker(place, HALF_OPEN, til, cooldown, passed)
+    return 'half_open'
+  end
+end
+
+-- After a call ------------------------------------------------------------------------------------
 
 local function tighten(m)
   -- The vendor allows less, or counts more than we do: others use the account.
@@ -331,31 +374,35 @@ local function settle_rate(m, at, since)
     charge(m, args.urgent, m.used - m.pace)
   end
   if is_told then tighten(m) end
-  if m.used > 0 then m.mean = average(m.mean ~= NONE and m.mean, m.used, 0.1) end
+  if m.used > 0 then m.mean = average(m.mean, m.used, 0.1) end
   put_rate(m)
 end
 
 function operations.settle()
-  if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return '{}' end
-  local at, since = tonumber(args.at), epoch(redis.call('GET', '{limits}:epoch'))
-  for _, m in ipairs(meters()) do
-    if m.per > 0 then settle_rate(m, at, since) else redis.call('ZREM', m.key, args.attempt) end
-  end
+  if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return { '{}', '' } end
   local place = args.place
-  local event = tell_breaker(place, args.health, args.attempt)
+  local known, breaker, learnt = unpack(redis.call('MGET', '{limits}:epoch',
+    '{limits}:circuit:' .. place, '{limits}:learnt:' .. place))
+  local since = epoch(known)
+  for _, m in ipairs(meters()) do
+    if m.per > 0 then settle_rate(m, args.at, since)
+    else redis.call('ZREM', m.key, args.attempt) end
+  end
+  local event = tell_breaker(place, breaker, args.health, args.attempt)
   if args.gate > 0 then
     local gate = '{limits}:gate:' .. place
     if now + args.gate > tonumber(redis.call('GET', gate) or 0) then
       redis.call('SET', gate, now + args.gate, 'PX', math.ceil(args.gate / 1000))
     end
   end
-  if args.error then
+  if args.error ~= '' then
     redis.call('HINCRBY', '{limits}:errors', place .. ' ' .. args.error, 1)
     if args.retried then
       redis.call('HINCRBY', '{limits}:retries', place .. ' ' .. args.error, 1)
     end
   end
-  return cjson.encode({ event = event, stats = args.ms and learn(place) or nil })
+  return { event and cjson.encode({ event = event }) or '{}',
+    args.ms ~= NONE and learn(place, learnt) or '' }
 end
 
 -- Before a call -----------------------------------------------------------------------------------
@@ -444,11 +491,13 @@ local function take_rate(m, urgent)
 end
 
 local function wait_for_slot(m, urgent, since)
-  redis.call('ZREMRANGEBYSCORE', m.key, '-inf', now)
-  m.sum = redis.call('ZCARD', m.key)
+  m.sum = redis.call('ZCOUNT', m.key, now, '+inf')
   -- After a loss of Redis the leases under way come back with their renewal.
   if now - since < args.quiet then return args.quiet - (now - since) end
-  if m.sum + 1 > m.amount - (urgent and 0 or m.keep) then return 100000 end
+  if m.sum + 1 > m.amount - (urgent and 0 or m.keep) then
+    redis.call('ZREMRANGEBYSCORE', m.key, '-inf', now)
+    return 100000
+  end
   return 0
 end
 
@@ -458,38 +507,19 @@ local function take_slot(m, attempt)
   m.left, m.reset = m.amount - m.sum - 1, 0
 end
 
-local function wait_for_breaker(place)
-  local state, til = unpack(redis.call('HMGET', '{limits}:breaker:' .. place, 'state', 'until'))
-  if state ~= 'open' and state ~= 'half_open' then return 0, false end
-  if state == 'open' and now < tonumber(til) then return tonumber(til) - now, false end
-  local probes = '{limits}:probes:' .. place
-  redis.call('ZREMRANGEBYSCORE', probes, '-inf', now)
-  if redis.call('ZCARD', probes) >= PROBES then return 500000, false end
-  return 0, true, state
-end
-
-local function begin_probe(place, state, attempt)
-  local probes = '{limits}:probes:' .. place
-  redis.call('ZADD', probes, now + args.lease, attempt)
-  redis.call('PEXPIRE', probes, math.ceil(args.lease / 500))
-  if state == 'open' then
-    redis.call('HSET', '{limits}:breaker:' .. place, 'state', 'half_open')
-    return 'half_open'
-  end
-end
-
 local function refused(wait, why, index)
   return cjson.encode({ wait = math.ceil(wait), why = why, index = index })
 end
 
-local function granted(at, found, probe, event)
-  -- Beside the JSON what each meter gave, packed.
-  local shown = {}
+local function since_when(at) return struct.pack('<dd', at, now - at) end
+
+local function granted(at, found, told)
+  -- When it was let through, how long ago that is, and what each meter gave.
+  local shown = { since_when(at) }
   for i, m in ipairs(found) do
-    shown[i] = struct.pack('<dddd', m.need, m.pace, m.left or -1, m.reset or 0)
+    shown[i + 1] = struct.pack('<dddd', m.need, m.pace, m.left or NONE, m.reset or 0)
   end
-  return { cjson.encode({ at = text(at), age = now - at, probe = probe, event = event,
-    stats = args.stats and stats(args.place) or nil }), table.concat(shown) }
+  return { told and cjson.encode(told) or '{}', table.concat(shown) }
 end
 
 local function wait_for_meters(found, since)
@@ -518,12 +548,13 @@ end
 
 function operations.take()
   local marker = '{limits}:taken:' .. args.attempt
-  local taken, gate, known = unpack(redis.call('MGET', marker, '{limits}:gate:' .. args.place,
-    '{limits}:epoch'))
-  if taken then return granted(tonumber(taken), meters(), false) end
+  local place = args.place
+  local taken, gate, known, breaker = unpack(redis.call('MGET', marker, '{limits}:gate:' .. place,
+    '{limits}:epoch', '{limits}:circuit:' .. place))
+  if taken then return granted(tonumber(taken), meters()) end
   if gate and tonumber(gate) > now then return refused(gate - now, 'gate') end
-  local wait, probe, state = wait_for_breaker(args.place)
-  if wait > 0 then return refused(wait, 'breaker') end
+  local closed_for = breaker and wait_for_breaker(place, breaker) or 0
+  if closed_for > 0 then return refused(closed_for, 'breaker') end
   local tries = '{limits}:tries:' .. args.provider
   if args.again then
     local calls, again = recent(tries, TRIES_SLOT, TRIES_SLOTS, TRIES)
@@ -544,7 +575,10 @@ function operations.take()
   end
   count(tries, TRIES_SLOT, TRIES_SLOTS, TRIES, args.again and 'x' or 'c')
   redis.call('SET', marker, now, 'PX', args.life)
-  return granted(now, found, probe, probe and begin_probe(args.place, state, args.attempt) or nil)
+  local told = {}
+  if breaker then told.probe, told.event = true, begin_probe(place, breaker, args.attempt) end
+  if args.stats then told.stats = { learnt_in(redis.call('GET', '{limits}:learnt:' .. place)) } end
+  return granted(now, found, next(told) and told)
 end
 
 -- Now and then ------------------------------------------------------------------------------------
@@ -569,7 +603,7 @@ function operations.move()
   -- The call goes out later than it was let through: it counts from now.
   local marker = '{limits}:taken:' .. args.attempt
   local at, known = unpack(redis.call('MGET', marker, '{limits}:epoch'))
-  if not at then return cjson.encode({ at = text(now) }) end
+  if not at then return { '{}', since_when(now) } end
   local since = epoch(known)
   local found, worst, index = meters(), 0, nil
   for i, m in ipairs(found) do
@@ -581,7 +615,7 @@ function operations.move()
     if m.per > 0 then move_rate(m) end
   end
   redis.call('SET', marker, now, 'PX', args.life)
-  return cjson.encode({ at = text(now) })
+  return { '{}', since_when(now) }
 end
 
 function operations.renew()
@@ -653,11 +687,11 @@ function operations.room()
   local since = epoch(redis.call('GET', '{limits}:epoch'))
   for i, m in ipairs(meters()) do rooms[i] = room_of(m, since) end
   for i, place in ipairs(args.places) do
-    local state, til = unpack(redis.call('HMGET', '{limits}:breaker:' .. place, 'state', 'until'))
-    local gate = tonumber(redis.call('GET', '{limits}:gate:' .. place) or 0)
-    local found = stats(place)
-    places[i] = { state or 'closed', math.max(0, (tonumber(til) or 0) - now),
-      math.max(0, gate - now), found[1], found[2], found[3] }
+    local breaker, gate, learnt = unpack(redis.call('MGET', '{limits}:circuit:' .. place,
+      '{limits}:gate:' .. place, '{limits}:learnt:' .. place))
+    local state, til = breaker_in(breaker)
+    places[i] = { state == OPEN and 'open' or state == HALF_OPEN and 'half_open' or 'closed',
+      math.max(0, til - now), math.max(0, (tonumber(gate) or 0) - now), learnt_in(learnt) }
   end
   return cjson.encode({ rooms = #rooms > 0 and rooms or cjson.null,
     places = #places > 0 and places or cjson.null })

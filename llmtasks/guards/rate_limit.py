@@ -8,6 +8,7 @@ use. While Redis is away each process keeps to its own share (`shares.py`) for t
 background work pauses.
 """
 
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 from llmtasks.guards import breaker, estimates, meters, rules, seeds, shares
-from llmtasks.guards.estimates import Need, Used, need_of, stats_of
+from llmtasks.guards.estimates import NONE, Need, Used, need_of, stats_of
 from llmtasks.guards.leases import Leases, times
 from llmtasks.guards.meters import Away
 from llmtasks.guards.rooms import rooms
@@ -45,6 +46,9 @@ REMEMBERED_S = 60.0
 AWAY_WAIT_S = 1.0
 # Waits shorter than this gain nothing.
 LEAST_WAIT_S = 0.002
+# What the script packs: when a call was let through and how long ago that is (us); what each meter
+# gave it (need, pace, left, reset_us); what was learnt of its model, as `Stats` has it.
+SINCE, GIVEN, LEARNT = struct.Struct("<2d"), struct.Struct("<4d"), struct.Struct("<4d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class Grant:
     left_s: float
     patience_s: float
     has_waited: bool = False
-    at: str = ""
+    at: int = 0
     fresh_until: float = float("inf")
     is_local: bool = False
     is_probe: bool = False
@@ -137,14 +141,13 @@ def grant_for(
 def acquire(grant: Grant) -> Refusal | None:
     """Take all limits of the call, or none: then when to ask again. Asking twice for one attempt
     takes once."""
-    arguments = asked(grant)
-    keys = [meter.key for meter in grant.meters]
+    arguments, keys, wires = asked(grant), keys_of(grant), reserved(grant)
     began = time.monotonic()
     try:
-        answer = meters.run("take", keys, arguments)
+        answer = meters.run("take", keys, arguments, wires)
         while "seed" in answer:
-            seed(grant, arguments, answer["seed"] - 1)
-            answer = meters.run("take", keys, arguments)
+            seed(grant.meters[answer["seed"] - 1])
+            answer = meters.run("take", keys, arguments, wires)
     except Away:
         return acquire_locally(grant)
     if "wait" in answer:
@@ -164,18 +167,24 @@ def asked(grant: Grant) -> dict[str, Any]:
         "waited": grant.has_waited,
         "life": grant.life_ms,
         "patience": int(max(grant.patience_s, 0.0) * 1e6),
-        "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
         # After that every settlement tells them.
         "stats": grant.place not in estimates._stats,
         **times(),
     }
 
 
-def seed(grant: Grant, arguments: dict[str, Any], index: int) -> None:
+def keys_of(grant: Grant) -> list[str]:
+    return [meter.key for meter in grant.meters]
+
+
+def reserved(grant: Grant) -> list[bytes]:
+    return [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters]
+
+
+def seed(meter: Meter) -> None:
     """Tell Redis what Postgres knows of a meter's use. Raises `Away`, `OperationalError`."""
-    meter = grant.meters[index]
     known = seeds.used(meter.rule, meter.key)
-    meters.run("seed", [meter.key], {"meters": [arguments["meters"][index]], **known})
+    meters.run("seed", [meter.key], known, [meter.rule.wire(meter.need, meter.pace)])
 
 
 def refusal(grant: Grant, answer: dict[str, Any]) -> Refusal:
@@ -185,15 +194,13 @@ def refusal(grant: Grant, answer: dict[str, Any]) -> Refusal:
 
 
 def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
-    grant.at = answer["at"]
+    packed = answer["packed"]
     grant.is_probe = answer.get("probe", False)
-    for meter, (need, pace, left, reset_us) in zip(
-        grant.meters, answer.get("meters", ()), strict=False
-    ):
+    given = GIVEN.iter_unpack(packed[SINCE.size :])
+    for meter, (need, pace, left, reset_us) in zip(grant.meters, given, strict=True):
         meter.need, meter.pace, meter.left = int(need), int(pace), int(left)
         meter.reset_s = reset_us / 1e6
-    # An answer that was lost had let it through before.
-    put_fresh(grant, began - answer["age"] / 1e6)
+    put_at(grant, packed, began)
     if stats := answer.get("stats"):
         estimates.put_stats(grant.place, stats)
     leases.hold(grant.attempt_id, (m.key for m in grant.meters if not m.rule.per_us))
@@ -201,8 +208,12 @@ def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
         breaker.record(grant.provider, grant.model, event)
 
 
-def put_fresh(grant: Grant, began: float) -> None:
+def put_at(grant: Grant, packed: bytes, began: float) -> None:
     """Half of what a limit allows for may pass until the call goes out, half of it on the way."""
+    at, age_us = SINCE.unpack_from(packed)
+    grant.at = int(at)
+    # An answer that was lost had let it through before.
+    began -= age_us / 1e6
     slack_us = min((m.rule.slack_us for m in grant.meters if m.rule.per_us), default=0)
     grant.fresh_until = began + slack_us / 2e6 if slack_us else float("inf")
 
@@ -224,19 +235,14 @@ def freshen(grant: Grant) -> Refusal | None:
     began = time.monotonic()
     if began < grant.fresh_until or not grant.at:
         return None
-    arguments = {
-        "attempt": str(grant.attempt_id),
-        "life": grant.life_ms,
-        "meters": [meter.rule.wire(meter.need, meter.pace) for meter in grant.meters],
-    }
+    arguments = {"attempt": str(grant.attempt_id), "life": grant.life_ms}
     try:
-        answer = meters.run("move", [meter.key for meter in grant.meters], arguments)
+        answer = meters.run("move", keys_of(grant), arguments, reserved(grant))
     except Away:
         return None
     if "wait" in answer:
         return refusal(grant, answer)
-    grant.at = answer["at"]
-    put_fresh(grant, began)
+    put_at(grant, answer["packed"], began)
     return None
 
 
@@ -263,36 +269,36 @@ def settle(
     if not grant.at:
         return
     leases.drop(grant.attempt_id)
+    # Nothing is learnt of what is 0.
     is_known = ms is not None and used.input_tokens is not None
     arguments = {
         "attempt": str(grant.attempt_id),
         "place": grant.place,
         "at": grant.at,
         "urgent": grant.is_urgent,
-        "meters": [settled(grant, meter, used, told) for meter in grant.meters],
         "health": health,
         "gate": int(gate_s * 1e6),
-        "error": error or None,
+        "error": error,
         "retried": is_retried,
-        "ms": ms,
-        "ratio": (used.input_tokens or 0) / input_bytes if is_known and input_bytes else None,
-        "output": used.output_tokens if is_known else None,
+        "ms": NONE if ms is None else ms,
+        "ratio": (used.input_tokens or 0) / input_bytes if is_known and input_bytes else 0,
+        "output": (used.output_tokens or 0) if is_known else 0,
     }
-    keys = [meter.key for meter in grant.meters]
+    keys, wires = keys_of(grant), [settled(grant, meter, used, told) for meter in grant.meters]
 
     def heard(answer: dict[str, Any]) -> None:
-        if stats := answer.get("stats"):
-            estimates.put_stats(grant.place, stats)
+        if packed := answer["packed"]:
+            estimates.put_stats(grant.place, LEARNT.unpack(packed))
         if event := answer.get("event"):
             breaker.record(grant.provider, grant.model, event, error)
 
     if not (error or gate_s or health == "fault" or grant.is_probe):
-        meters.later("settle", keys, arguments, heard)
+        meters.later("settle", keys, arguments, wires, heard)
         return
     # What may keep others from calling is told before anything else is done. Where it can't be,
     # the reservation falls out of its window and the lease runs out.
     with suppress(Away):
-        heard(meters.run("settle", keys, arguments))
+        heard(meters.run("settle", keys, arguments, wires))
 
 
 def settled(grant: Grant, meter: Meter, used: Used, told: Sequence[Told]) -> bytes:

@@ -11,7 +11,7 @@ from uuid import UUID
 import redis
 from django.conf import settings
 
-from llmtasks.guards import meters
+from llmtasks.guards import estimates, meters
 from llmtasks.guards.meters import Away
 from llmtasks.guards.rules import Rule
 from llmtasks.models import ApiKey, Limit
@@ -87,19 +87,18 @@ def readings(models: Sequence[Model]) -> dict[Model, Reading]:
     return found
 
 
-def reading(breaker: str, open_us: float, gate_us: float, *learnt: str) -> Reading:
-    known = [float(text) if text else None for text in learnt]
-    return Reading(breaker, open_us / 1e6, gate_us / 1e6, *known)
+def reading(breaker: str, open_us: float, gate_us: float, *learnt: float) -> Reading:
+    tokens_per_byte, output_tokens, p95_ms, _ = estimates.known(learnt)
+    return Reading(breaker, open_us / 1e6, gate_us / 1e6, tokens_per_byte, output_tokens, p95_ms)
 
 
 def ask(keys: Sequence[str], wires: Sequence[bytes], places: Sequence[str]) -> dict[str, Any]:
     arguments = {
-        "meters": wires,
         "places": places,
         "horizon": 0,
         "lease": int(settings.LLMTASKS["LEASE_S"] * 1e6),
     }
-    return meters.run("room", keys, arguments)
+    return meters.run("room", keys, arguments, wires)
 
 
 def parted(asked: Sequence[Any]) -> list[Sequence[Any]]:

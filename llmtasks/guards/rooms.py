@@ -27,11 +27,11 @@ def rooms(
         "room",
         [key for _, key, _ in asked],
         {
-            "meters": [rule.wire() for _, _, rule in asked],
             "places": [f"{provider}/{model}" for provider, model in models],
             "horizon": int(horizon_s * 1e6),
             "urgent": is_urgent,
         },
+        [rule.wire() for _, _, rule in asked],
     )
     found: dict[Any, float] = {}
     for (who, _, rule), (free, _, mean, _) in zip(asked, answer["rooms"] or (), strict=True):

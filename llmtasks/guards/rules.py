@@ -33,7 +33,7 @@ LEAST_BURST = 10
 MAX_CALLERS = 10_000
 
 # A meter, as the script unpacks it.
-WIRE = struct.Struct("<12d")
+CALL, TERMS = struct.Struct("<5d"), struct.Struct("<7d")
 UNTOLD = (-1, -1)
 
 # (provider, the vendor's model, tenant, key)
@@ -100,15 +100,17 @@ class Rule:
     ) -> bytes:
         """What the script is told of it: the call reserves `need`, is expected to use `pace`, has
         `used`. `told` is the vendor's limit, and what is left of it."""
-        return WIRE.pack(need, pace, used, *told, *self.terms)
+        return CALL.pack(need, pace, used, *told) + self.terms
 
     @cached_property
-    def terms(self) -> tuple[float, ...]:
+    def terms(self) -> bytes:
         """What the script is told of it whatever the call."""
         width = -(-self.per_us // SLOTS)
         slack = self.slack_us // width if width else 0
         made_us = self.made_us if self.seeds else 0
-        return self.amount, self.burst, self.keep, self.per_us, slack, self.seeds, made_us
+        return TERMS.pack(
+            self.amount, self.burst, self.keep, self.per_us, slack, self.seeds, made_us
+        )
 
     @property
     def keep(self) -> float:

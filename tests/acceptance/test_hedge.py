@@ -5,6 +5,7 @@ import contextlib
 import redis
 
 from tests.acceptance.cluster import Cluster, wait_for
+from tests.meters import put_p95
 
 ROUTE = "slow-2000"
 ATTEMPTS = """
@@ -26,7 +27,7 @@ def queue_until_it_dies(cluster: Cluster) -> str:
 
 def test_a_worker_that_dies_between_two_calls_leaves_both_unknown(cluster: Cluster):
     with redis.Redis.from_url(cluster.environment["REDIS_URL"]) as client:
-        client.hset(f"{{limits}}:stats:sandbox/{ROUTE}", "p95", 100)
+        put_p95(client, f"sandbox/{ROUTE}", 100)
     cluster.rows("UPDATE llmtasks_route SET hedges = true WHERE name = %s", [ROUTE])
     try:
         cluster.kill9("worker-default")

@@ -26,8 +26,9 @@ PAUSE_S = 0.005
 # It gives each meter of a call one unit.
 IDLE_SCRIPT = b"""
 redis.register_function(NAME, function(_, given)
-  if given[1] ~= 'take' then return '{}' end
-  return { '{"at":"1","age":0}', string.rep(struct.pack('<dddd', 1, 1, 1, 1), #given[3] / 96) }
+  if given[1] ~= 'take' then return { '{}', '' } end
+  return { '{}', struct.pack('<dd', 1, 0) ..
+    string.rep(struct.pack('<dddd', 1, 1, 1, 1), #given[3] / 96) }
 end)
 """
 # (whose, unit, window, amount): far from being reached.

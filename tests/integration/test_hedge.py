@@ -28,6 +28,7 @@ from tests.corridor import (
     until,
 )
 from tests.hedging import P95_MS, SLOW, errors_of, first_waits, is_called, nobody_calls
+from tests.meters import P95, learnt, open_breaker, put_p95
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -210,7 +211,7 @@ def test_a_second_that_is_not_admitted_is_not_waited_for(
         redis.set("{limits}:gate:second/echo", int((time.time() + 60) * 1e6))
     else:
         until_us = int((time.time() + 60) * 1e6)
-        redis.hset("{limits}:breaker:second/echo", mapping={"state": "open", "until": until_us})
+        open_breaker(redis, "second/echo", until_us)
     task = inline(tenant, "smart").task
     assert (task.status, errors_of(task)) == ("succeeded", [""])
     assert sandbox.calls(str(task.id))["calls"] == 1
@@ -249,7 +250,7 @@ def test_the_limits_of_both_are_given_back(
 def test_a_call_that_was_outrun_is_learnt_from_as_slow(account, tenant, second, hedged, redis):
     hedged((account, SLOW), (second, "echo"))
     assert errors_of(inline(tenant, "smart").task) == ["Outrun", ""]
-    assert float(redis.hget(f"{{limits}}:stats:sandbox/{SLOW}", "p95")) > P95_MS
+    assert learnt(redis, f"sandbox/{SLOW}")[P95] > P95_MS
 
 
 def test_a_second_that_had_no_time_teaches_nothing(
@@ -257,9 +258,9 @@ def test_a_second_that_had_no_time_teaches_nothing(
 ):
     hedged((account, "slow-300"), (second, SLOW))
     first_waits(monkeypatch, is_called(sandbox))
-    redis.hset(f"{{limits}}:stats:second/{SLOW}", "p95", 5000)
+    put_p95(redis, f"second/{SLOW}", 5000)
     assert errors_of(inline(tenant, "smart").task) == ["", "Outrun"]
-    assert float(redis.hget(f"{{limits}}:stats:second/{SLOW}", "p95")) == 5000
+    assert learnt(redis, f"second/{SLOW}")[P95] == 5000
 
 
 # --- many at once ---------------------------------------------------------------------------------

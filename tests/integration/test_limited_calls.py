@@ -13,7 +13,7 @@ from providers.sandbox_answers import tokens
 from providers.types import Image, Message, Request
 from tests import factories
 from tests.corridor import until
-from tests.meters import used
+from tests.meters import OUTPUT, learnt, used
 
 TEXT = "one two three four"
 
@@ -48,7 +48,7 @@ def test_an_answer_is_settled_to_its_usage(tenant, account, redis):
     assert used(redis, both) == 2 * tokens(TEXT)
     assert used(redis, made) == tokens(TEXT)
     assert redis.zcard(at_once) == 0
-    assert redis.hget("{limits}:stats:sandbox/echo", "output") is not None
+    assert learnt(redis, "sandbox/echo")[OUTPUT] > 0
 
 
 def test_what_came_in_of_a_refused_call_may_count(tenant, account, redis):

@@ -14,7 +14,7 @@ from llmtasks.guards.rate_limit import Grant, Need, Refusal, Told, Used
 from llmtasks.models import Limit, Provider, ProviderEvent
 from tests import factories
 from tests.corridor import until
-from tests.meters import settle_at_once, used
+from tests.meters import open_breaker, settle_at_once, used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
 
@@ -192,7 +192,7 @@ def test_a_settlement_waits_for_redis_to_come_back(
 def test_one_that_the_script_refuses_takes_nobody_along(
     vendor: Provider, flush: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    meters.later("nonsense", (), {}, lambda _: None)
+    meters.later("nonsense", (), {}, (), lambda _: None)
     assert isinstance(take(), Grant)
     assert "the limiter refused what it was told" in caplog.text
 
@@ -335,7 +335,7 @@ def test_the_breaker_opens_probes_and_closes(vendor: Provider, redis: Any) -> No
     # Another model of the account goes on.
     assert isinstance(take(model="other"), Grant)
 
-    redis.hset("{limits}:breaker:vendor/m", "until", 1)
+    open_breaker(redis, "vendor/m", until_us=1)
     probes = [take() for _ in range(4)]
     assert [isinstance(one, Grant) for one in probes] == [True, True, True, False]
     assert all(one.is_probe for one in probes[:3] if isinstance(one, Grant))
@@ -349,7 +349,7 @@ def test_the_breaker_opens_probes_and_closes(vendor: Provider, redis: Any) -> No
 
 def test_a_probe_that_fails_opens_it_for_twice_as_long(vendor: Provider, redis: Any) -> None:
     fail(20)
-    redis.hset("{limits}:breaker:vendor/m", "until", 1)
+    open_breaker(redis, "vendor/m", until_us=1)
     began = time.monotonic()
     fail(1)
     refused = take()

@@ -13,7 +13,7 @@ from llmtasks.models import Attempt, Limit, Provider, Task
 from providers.sandbox import Sandbox
 from tests import factories
 from tests.callers import Caller, work_off
-from tests.meters import settle_at_once
+from tests.meters import open_breaker, settle_at_once
 
 NOBODY_WAITS = {"Prefer": "wait=0"}
 
@@ -185,7 +185,7 @@ def test_where_no_candidate_may_be_called_it_is_queued(
 ):
     soon = int(redis.time()[0] + 60) * 1_000_000
     if state == "breaker":
-        redis.hset("{limits}:breaker:sandbox/echo", mapping={"state": "open", "until": soon})
+        open_breaker(redis, "sandbox/echo", soon)
     elif state == "gate":
         redis.set("{limits}:gate:sandbox/echo", soon)
     else:
