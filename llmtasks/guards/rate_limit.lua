@@ -69,14 +69,26 @@ local operations = {}
 --    once), slack (slots), seeds (Postgres knows what was used), made (when the limit was, us)
 local WIRE, WIRE_BYTES = '<dddddddddddd', 96
 
+-- The tables of the first meters, used again by every call: to make and collect them took a tenth of
+-- the script's time.
+local KEPT_TABLES, kept_tables = 10, {}
+
+local function table_for(i)
+  local m = kept_tables[i] or {}
+  if i <= KEPT_TABLES then kept_tables[i] = m end
+  -- What not every call sets.
+  m.began, m.is_known, m.is_full, m.left, m.reset = nil, nil, nil, nil, nil
+  return m
+end
+
 local function meters()
   local found = {}
   for i = 1, #packed / WIRE_BYTES do
-    local need, pace, used, told_limit, told_left, amount, burst, keep, per, slack, seeds, made =
-      struct.unpack(WIRE, packed, (i - 1) * WIRE_BYTES + 1)
-    found[i] = { key = keys[i], need = need, pace = pace, used = used, told_limit = told_limit,
-      told_left = told_left, amount = amount, burst = burst, keep = keep, per = per,
-      slack = slack, seeds = seeds == 1, made = made }
+    local m = table_for(i)
+    m.key, m.need, m.pace, m.used, m.told_limit, m.told_left, m.amount, m.burst, m.keep, m.per,
+      m.slack, m.seeds, m.made = keys[i], struct.unpack(WIRE, packed, (i - 1) * WIRE_BYTES + 1)
+    m.seeds = m.seeds == 1
+    found[i] = m
   end
   return found
 end
