@@ -5,16 +5,21 @@ those of a tenant and a key as well, all with room. Calls take no time, so that 
 settlement goes with what the next one asks, or PAUSE_S, in which it is sent meanwhile. *in Redis*
 is the server's own time for both.
 
+*Cores* is where caller and server may run: on another core each trip waits for that one to wake.
+
 *Idle script* is the same with one that lets everything through and keeps nothing: the trip, and
 Python's part. *PING* is the least that any trip takes, over the limiter's own connection and by
 redis-py's client. Both follow right after, with the same pauses.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from uuid import UUID
 
+import psutil
 import redis
 from uuid_utils.compat import uuid7
 
@@ -42,6 +47,7 @@ LIMITS = (
 )
 
 COLUMNS = {
+    "cores": "cores",
     "limits": "limits",
     "call_ms": "call ms",
     "acquire_p50_ms": "acquire p50 ms",
@@ -90,7 +96,8 @@ def configure() -> None:
 
 
 def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
-    """One round: calls without limits, with the account's three, with all six."""
+    """One round: calls without limits, with the account's three, with all six; on all cores, and
+    where Linux can hold it there with the server on one. The server is this machine's."""
     from llmtasks.models import ApiKey
 
     key = ApiKey.objects.get(tenant__name="limited")
@@ -103,11 +110,42 @@ def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
             (PROVIDER, uuid7(), None),
             (PROVIDER, key.tenant_id, key.pk),
         )
-        return [
-            one(server, *caller, number, pause_s)
-            for number, pause_s in ((calls, 0.0), (calls // 4, PAUSE_S))
-            for caller in callers
-        ]
+        found = []
+        for cores, place in places(server).items():
+            with place:
+                found += [
+                    {"cores": cores, **one(server, *caller, number, pause_s)}
+                    for number, pause_s in ((calls, 0.0), (calls // 4, PAUSE_S))
+                    for caller in callers
+                ]
+        return found
+
+
+def places(server: "redis.Redis") -> dict[int, AbstractContextManager[None]]:
+    """On how many cores it is measured."""
+    found: dict[int, AbstractContextManager[None]] = {os.cpu_count() or 0: nullcontext()}
+    if hasattr(os, "sched_setaffinity"):
+        found[1] = on_one_core(server)
+    return found
+
+
+@contextmanager
+def on_one_core(server: "redis.Redis") -> Iterator[None]:
+    """This process and the server, with all their threads."""
+    told: Any = server.info("server")
+    threads = [
+        thread.id
+        for pid in (os.getpid(), told["process_id"])
+        for thread in psutil.Process(pid).threads()
+    ]
+    before = os.sched_getaffinity(0)
+    try:
+        for thread in threads:
+            os.sched_setaffinity(thread, {max(before)})
+        yield
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, before)
 
 
 def one(
@@ -138,7 +176,7 @@ def one(
         **percentiles("whole", whole),
         "redis_us": round(redis_us, 1),
         "idle_p50_ms": idle_ms(provider, tenant, key, calls // 4, pause_s),
-        "ping_p50_ms": ping_ms(lambda: meters.exchange([[b"PING"]]), calls // 4, pause_s),
+        "ping_p50_ms": ping_ms(lambda: meters.exchange([("PING",)]), calls // 4, pause_s),
         "client_ping_p50_ms": ping_ms(server.ping, calls // 4, pause_s),
     }
 

@@ -99,7 +99,8 @@ def test_the_dispatchers_run_has_every_figure(tmp_path: Path) -> None:
 
 def test_the_limiter_is_measured_with_and_without_limits(tmp_path: Path) -> None:
     cells = run_quickly(tmp_path, "limiter")["limiter"]
-    assert [cell["limits"] for cell in cells] == [0, 3, 6] * 2  # type: ignore[attr-defined]
+    assert [cell["limits"] for cell in cells] == [0, 3, 6] * 4  # type: ignore[attr-defined]
+    assert [cell["cores"] for cell in cells][6:] == [1] * 6  # type: ignore[attr-defined]
     for cell in cells:  # type: ignore[attr-defined]
         assert min(cell.values()) >= 0 < cell["whole_p50_ms"] <= cell["whole_p99_ms"]
         assert min(cell["idle_p50_ms"], cell["ping_p50_ms"], cell["client_ping_p50_ms"]) > 0
