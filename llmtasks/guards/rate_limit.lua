@@ -340,7 +340,7 @@ local function tell_breaker(place, kept, health, attempt)
 end
 
 local function wait_for_breaker(place, kept)
-  local state, til, cooldown, passed = breaker_in(kept)
+  local state, til = breaker_in(kept)
   if state == OPEN and now < til then return til - now end
   local probes = '{limits}:probes:' .. place
   redis.call('ZREMRANGEBYSCORE', probes, '-inf', now)
@@ -565,8 +565,8 @@ function operations.take()
     '{limits}:epoch', '{limits}:circuit:' .. place))
   if taken then return granted(tonumber(taken), meters()) end
   if gate and tonumber(gate) > now then return refused(gate - now, 'gate') end
-  local closed_for = breaker and wait_for_breaker(place, breaker) or 0
-  if closed_for > 0 then return refused(closed_for, 'breaker') end
+  local wait = breaker and wait_for_breaker(place, breaker) or 0
+  if wait > 0 then return refused(wait, 'breaker') end
   local tries = '{limits}:tries:' .. args.provider
   if args.again then
     local calls, again = recent(tries, TRIES_SLOT, TRIES_SLOTS, TRIES)
