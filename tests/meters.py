@@ -23,11 +23,12 @@ def ask_once(redis: Any) -> None:
 
 def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is sent later: what a test looks at next is there."""
-    monkeypatch.setattr(
-        meters,
-        "later",
-        lambda *asked: asked[-1](meters.run(*asked[:-1])),
-    )
+
+    def at_once(operation: str, *given: Any) -> None:
+        *asked, heard = given
+        heard(meters.run(operation, *asked))
+
+    monkeypatch.setattr(meters, "later", at_once)
 
 
 def used(redis: Any, key: str | bytes) -> int:
