@@ -13,7 +13,7 @@ from llmtasks import admission, attempts, routing, stores
 from llmtasks.attempts import Sending
 from llmtasks.context import Context
 from llmtasks.errors import Lost
-from llmtasks.guards import rate_limit
+from llmtasks.guards import estimates, rate_limit
 from llmtasks.guards.rate_limit import Grant
 from llmtasks.ledger import Outcome
 from llmtasks.models import FINAL, Attempt, CostState, Limit, Task
@@ -138,7 +138,7 @@ class World:
         self.redis.flushdb()
         counted.ask_once(self.redis)
         self.redis.set("{limits}:epoch", 1)
-        rate_limit._stats.clear()
+        estimates._stats.clear()
         rate_limit.leases.held.clear()
         self.keys = {row.unit: f"{{limits}}:meter:{row.pk}" for row in Limit.objects.all()}
         self.candidate = routing.find("echo", "chat").candidates[0]

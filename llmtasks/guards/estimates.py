@@ -95,6 +95,10 @@ def stats_of(provider: str, model: str) -> Stats:
     return _stats.get(f"{provider}/{model}", Stats())
 
 
+def has_stats(place: str) -> bool:
+    return place in _stats
+
+
 def put_stats(place: str, found: Sequence[float]) -> None:
     """Remember what Redis told, `NONE` for what nobody knows."""
     _stats[place] = Stats(*known(found))

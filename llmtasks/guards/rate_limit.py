@@ -168,7 +168,7 @@ def asked(grant: Grant) -> dict[str, Any]:
         "life": grant.life_ms,
         "patience": int(max(grant.patience_s, 0.0) * 1e6),
         # After that every settlement tells them.
-        "stats": grant.place not in estimates._stats,
+        "stats": not estimates.has_stats(grant.place),
         **times(),
     }
 
@@ -326,6 +326,3 @@ def lease_us() -> int:
 def usual(rule: Rule) -> float:
     """What a call uses of a limit before anybody knows."""
     return estimates.usual(rule.unit)
-
-
-_stats = estimates._stats
