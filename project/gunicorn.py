@@ -1,4 +1,5 @@
-"""gunicorn's settings that are code: how a web process ends (`--config=python:project.gunicorn`).
+"""gunicorn's settings that are code: how a web process begins and ends
+(`--config=python:project.gunicorn`).
 
 Told to end, a process takes what already waits at its door and closes the door, so that a load
 balancer turns to another at once. Requests under way get GRACE_S; then their calls are dropped,
@@ -18,9 +19,12 @@ graceful_timeout = settings.LLMTASKS["GRACE_S"] + TELL_S
 
 
 def post_worker_init(worker: Any) -> None:
-    from llmtasks import sla  # not before Django is set up
+    # Not before Django is set up.
+    from llmtasks import memory, sla
+    from project import urls  # noqa: F401 reads all that answers requests
 
     sla.threads = worker.cfg.threads
+    memory.keep()
 
     def told_to_end(number: int, frame: Any) -> None:
         is_first = worker.alive

@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from llmtasks import checks, pulse, sweep, webhooks
+from llmtasks import checks, memory, pulse, sweep, webhooks
 from llmtasks.dispatch import Dispatcher
 from llmtasks.models import Worker
 
@@ -22,5 +22,6 @@ class Command(BaseCommand):
             signal.signal(signum, lambda *_: stopped.set())
         pulse.start(Worker.Role.DISPATCHER)
         webhooks.Sender(stopped).start()
+        memory.keep()
         Dispatcher(sweep.run, stopped, sweep.take_over).run()
         pulse.stop()

@@ -14,7 +14,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import OperationalError
 from kombu.utils.limits import TokenBucket
 
-from llmtasks import checks, pulse, queues, routing, stores, tasks
+from llmtasks import checks, memory, pulse, queues, routing, stores, tasks
 from llmtasks.models import Lane, Worker
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Follower:
             threading.Thread(target=self.follow, name="follow-config", daemon=True).start()
             threading.Thread(target=self.end, name="end", daemon=True).start()
             signal.signal(signal.SIGTERM, self.stop)
+            memory.keep()
 
     def stop(self, *_: Any, **__: Any) -> None:
         """SIGTERM, and Celery's signal `worker_shutting_down` for others. A handler may come in the
