@@ -9,7 +9,7 @@ from django.db import connection
 from django.test import TransactionTestCase
 
 from llmtasks import health, pricing, pulse, queues, routing, stores
-from llmtasks.guards import meters, rate_limit, rules, shares
+from llmtasks.guards import estimates, meters, rate_limit, rules, shares
 from llmtasks.models import Provider
 from llmtasks.tools import allowed, stored
 from providers.sandbox import Sandbox
@@ -79,7 +79,7 @@ def forget(request: pytest.FixtureRequest, _django_db_marker: None) -> Iterator[
     rules._rules = None
     meters.outage = meters.Outage()
     rate_limit.leases = rate_limit.Leases()
-    rate_limit._stats.clear()
+    estimates._stats.clear()
     shares._free_at.clear()
     yield
     # The thread that renews them goes on.

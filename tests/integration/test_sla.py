@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmtasks import pulse, sla
-from llmtasks.guards import meters, rate_limit
+from llmtasks.guards import estimates, meters, rate_limit
 from llmtasks.models import Attempt, Limit, Provider, Task
 from providers.sandbox import Sandbox
 from tests import factories
@@ -107,7 +107,7 @@ def test_a_route_that_was_slow_is_queued_where_the_caller_does_not_wait_for_it(
 def test_what_other_processes_learnt_is_known_here(caller: Caller, short_wait: None):
     caller.task("slow")
     later()
-    rate_limit._stats.clear()
+    estimates._stats.clear()
     assert mode_of(caller.task("slow")) == "queued"
 
 
