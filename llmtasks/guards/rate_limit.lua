@@ -13,7 +13,7 @@
 -- {limits}:circuit:<place>           string  packed, see BREAKER; none where closed     an hour
 -- {limits}:health:<place>            hash    c<n> calls, f<n> faults of the n-th 5 s    a minute
 -- {limits}:probes:<place>            zset    half-open: attempt -> its lease's end      leases
--- {limits}:learnt:<place>            string  packed, see LEARNT                          a week
+-- {limits}:learnt:<place>            string  packed, see LEARNT                         a week
 -- {limits}:tries:<provider>          hash    c<n> calls, x<n> again of the n-th 10 s    a minute
 -- {limits}:errors                    hash    <place> <error class> -> count             for ever
 -- {limits}:retries                   hash    the same, of those that are tried again    for ever
@@ -503,6 +503,7 @@ local function take_rate(m, urgent)
 end
 
 local function wait_for_slot(m, urgent, since)
+  -- Those that ran out are removed where there is no room, and by every look.
   m.sum = redis.call('ZCOUNT', m.key, now, '+inf')
   -- After a loss of Redis the leases under way come back with their renewal.
   if now - since < args.quiet then return args.quiet - (now - since) end

@@ -209,7 +209,8 @@ def put_granted(grant: Grant, answer: dict[str, Any], began: float) -> None:
 
 
 def put_at(grant: Grant, packed: bytes, began: float) -> None:
-    """Half of what a limit allows for may pass until the call goes out, half of it on the way."""
+    """When it was let through, and for how long it is fresh: half of what a limit allows for may
+    pass until the call goes out, half of it on the way."""
     at, age_us = SINCE.unpack_from(packed)
     grant.at = int(at)
     # An answer that was lost had let it through before.

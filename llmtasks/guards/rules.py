@@ -32,7 +32,7 @@ LEAST_BURST = 10
 # Callers whose rules are remembered. Beyond that all are forgotten, and looked up again.
 MAX_CALLERS = 10_000
 
-# A meter, as the script unpacks it.
+# A meter, as the script unpacks it: what a call tells, and what the rule says.
 CALL, TERMS = struct.Struct("<5d"), struct.Struct("<7d")
 UNTOLD = (-1, -1)
 
