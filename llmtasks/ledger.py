@@ -517,20 +517,18 @@ def write_ended(task: Task, end: End) -> None:
         task.key_row = None
     task.finished_at = task.started_at = pulse.now()
     task.owner_id = None
-    with transaction.atomic():
-        Task.objects.bulk_create([task])
-        TaskPayload.objects.bulk_create(
-            [TaskPayload(task_id=task.id, version=bodies.VERSION, request=orjson.loads(task.body))]
-        )
-        if task.key_row is not None:
-            task.key_row.save(force_insert=True)
-    task._state.adding = False
+    insert(task)
 
 
 def insert_running(task: Task) -> None:
     """Write an inline task that begins without an attempt. Raises `IntegrityError` where its
     Idempotency-Key was taken meanwhile."""
     task.started_at = pulse.now()
+    insert(task)
+
+
+def insert(task: Task) -> None:
+    """The rows of an inline task: itself, its payload, its Idempotency-Key."""
     with transaction.atomic():
         Task.objects.bulk_create([task])
         TaskPayload.objects.bulk_create(
