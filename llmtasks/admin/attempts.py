@@ -39,8 +39,36 @@ NUMBERS = (
 COLUMNS = ("id", "task_id", "tenant", "started_at", "finished_at", *TEXTS, *NUMBERS, "cost")
 
 
+class AttemptCells:
+    """What is shown of an attempt, in the list of all and beside its task."""
+
+    @admin.display(description="state")
+    def state_label(self, row: Attempt) -> SafeString:
+        return cells.label(row.state)
+
+    @admin.display(description="result")
+    def result(self, row: Attempt) -> str:
+        return cells.result(row)
+
+    @admin.display(description="tokens in / out")
+    def tokens(self, row: Attempt) -> SafeString | str:
+        return cells.attempt_tokens(row)
+
+    @admin.display(description="cost")
+    def shown_cost(self, row: Attempt) -> SafeString | str:
+        return cells.money(row.cost, row.cost_state)
+
+    @admin.display(description="latency")
+    def latency(self, row: Attempt) -> str:
+        return cells.milliseconds(row.latency_ms)
+
+    @admin.display(description="first token")
+    def first_token(self, row: Attempt) -> str:
+        return cells.milliseconds(row.first_token_ms)
+
+
 @admin.register(Attempt)
-class AttemptAdmin(FactsAdmin, BoundedAdmin):
+class AttemptAdmin(AttemptCells, FactsAdmin, BoundedAdmin):
     list_display = (
         "short_id", "started", "task_link", "tenant_name", "shown_provider", "state_label",
         "result", "tokens", "shown_cost", "latency",
@@ -116,30 +144,6 @@ class AttemptAdmin(FactsAdmin, BoundedAdmin):
     @admin.display(description="called")
     def shown_provider(self, row: Attempt) -> str:
         return f"{row.provider}/{row.model}"
-
-    @admin.display(description="state")
-    def state_label(self, row: Attempt) -> SafeString:
-        return cells.label(row.state)
-
-    @admin.display(description="result")
-    def result(self, row: Attempt) -> str:
-        return cells.result(row)
-
-    @admin.display(description="tokens")
-    def tokens(self, row: Attempt) -> SafeString | str:
-        return cells.attempt_tokens(row)
-
-    @admin.display(description="cost")
-    def shown_cost(self, row: Attempt) -> SafeString | str:
-        return cells.money(row.cost, row.cost_state)
-
-    @admin.display(description="latency")
-    def latency(self, row: Attempt) -> str:
-        return cells.milliseconds(row.latency_ms)
-
-    @admin.display(description="first token")
-    def first_token(self, row: Attempt) -> str:
-        return cells.milliseconds(row.first_token_ms)
 
     @admin.display(description="usage as the vendor told it")
     def shown_usage(self, row: Attempt) -> SafeString | str:

@@ -9,6 +9,7 @@ from django.utils.safestring import SafeString
 from unfold.admin import TabularInline
 
 from llmtasks.admin import bodies, cells, decisions, facts, feedback, steering
+from llmtasks.admin.attempts import AttemptCells
 from llmtasks.admin.lists import (
     CreatedFilter,
     ParentFilter,
@@ -35,7 +36,7 @@ DETAILS = (
 )  # fmt: skip
 
 
-class AttemptInline(TabularInline):
+class AttemptInline(AttemptCells, TabularInline):
     """The calls of a task, in order."""
 
     model = Attempt
@@ -61,30 +62,6 @@ class AttemptInline(TabularInline):
     def call(self, row: Attempt) -> SafeString | str:
         number = f"{row.step}.{row.number}" if row.step else str(row.number)
         return cells.link("attempt", row.pk, f"{number} · {row.provider}/{row.model}")
-
-    @admin.display(description="state")
-    def state_label(self, row: Attempt) -> SafeString:
-        return cells.label(row.state)
-
-    @admin.display(description="result")
-    def result(self, row: Attempt) -> str:
-        return cells.result(row)
-
-    @admin.display(description="tokens in / out")
-    def tokens(self, row: Attempt) -> SafeString | str:
-        return cells.attempt_tokens(row)
-
-    @admin.display(description="cost")
-    def shown_cost(self, row: Attempt) -> SafeString | str:
-        return cells.money(row.cost, row.cost_state)
-
-    @admin.display(description="latency")
-    def latency(self, row: Attempt) -> str:
-        return cells.milliseconds(row.latency_ms)
-
-    @admin.display(description="first token")
-    def first_token(self, row: Attempt) -> str:
-        return cells.milliseconds(row.first_token_ms)
 
 
 @admin.register(Task)
