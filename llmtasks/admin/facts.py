@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
+from django.contrib import admin
 from django.db.models import Model
 from django.http import HttpRequest, HttpResponse
 
@@ -52,3 +53,22 @@ class FactsAdmin(ReadOnly):
             value = cells.moment(value)
         shown = cells.NOTHING if value is None or value == "" else value
         return {"label": label, "value": shown, "is_wide": name in self.wide_facts}
+
+
+class VersionsAdmin(FactsAdmin):
+    """Versions of something: added by a form, never edited."""
+
+    list_filter: ClassVar[Any] = ()
+    show_full_result_count = False
+    ordering = ("-id",)
+    sortable_by: ClassVar[Any] = ()
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm(f"llmtasks.add_{self.opts.model_name}")
+
+    def get_fieldsets(self, request: HttpRequest, obj: Model | None = None) -> list[Any]:
+        return [(None, {"fields": self.fields})] if obj is None else []
+
+    @admin.display(description="version")
+    def shown_name(self, row: Model) -> str:
+        return str(row)

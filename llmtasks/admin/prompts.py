@@ -321,17 +321,11 @@ class VersionForm(ModelForm):  # type: ignore[type-arg]
 
 
 @admin.register(PromptVersion)
-class PromptVersionAdmin(facts.FactsAdmin):
-    """Added, never edited."""
-
+class PromptVersionAdmin(facts.VersionsAdmin):
     form = VersionForm
     list_display = ("shown_name", "note", "created_by", "created_at")
     list_select_related = ("prompt",)
-    list_filter = ()
     search_fields = ("prompt__name",)
-    show_full_result_count = False
-    ordering = ("-id",)
-    sortable_by = ()
     fields = ("prompt", "messages", "variables", "model", "parameters", "note")
     facts: ClassVar[Any] = (
         ("", ("prompt_link", "number", "model", "created_at", "created_by", "note")),
@@ -339,12 +333,6 @@ class PromptVersionAdmin(facts.FactsAdmin):
         ("Takes", ("shown_variables", "shown_parameters")),
     )
     wide_facts = frozenset({"shown_messages", "shown_variables", "shown_parameters"})
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return request.user.has_perm("llmtasks.add_promptversion")
-
-    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        return [(None, {"fields": self.fields})] if obj is None else []
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         """Of the version that it follows."""
@@ -370,10 +358,6 @@ class PromptVersionAdmin(facts.FactsAdmin):
         )
         obj.pk, obj.number = version.pk, version.number
         obj._state.adding = False
-
-    @admin.display(description="version")
-    def shown_name(self, row: PromptVersion) -> str:
-        return str(row)
 
     @admin.display(description="prompt")
     def prompt_link(self, row: PromptVersion) -> SafeString | str:

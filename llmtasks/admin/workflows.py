@@ -84,29 +84,17 @@ class VersionForm(ModelForm):  # type: ignore[type-arg]
 
 
 @admin.register(WorkflowVersion)
-class WorkflowVersionAdmin(facts.FactsAdmin):
-    """Added, never edited."""
-
+class WorkflowVersionAdmin(facts.VersionsAdmin):
     form = VersionForm
     list_display = ("shown_name", "tenant_name", "comment", "created_by", "created_at")
     list_select_related = ("workflow__tenant",)
-    list_filter = ()
     search_fields = ("workflow__name",)
-    show_full_result_count = False
-    ordering = ("-id",)
-    sortable_by = ()
     fields = ("workflow", "spec", "comment")
     facts: ClassVar[Any] = (
         ("", ("shown_name", "tenant_name", "created_at", "created_by", "comment")),
         ("Declares", ("shown_spec",)),
     )
     wide_facts = frozenset({"shown_spec"})
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return request.user.has_perm("llmtasks.add_workflowversion")
-
-    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        return [(None, {"fields": self.fields})] if obj is None else []
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         """Of the version that it follows."""
@@ -127,10 +115,6 @@ class WorkflowVersionAdmin(facts.FactsAdmin):
         )
         obj.pk, obj.number = version.pk, version.number
         obj._state.adding = False
-
-    @admin.display(description="version")
-    def shown_name(self, row: WorkflowVersion) -> str:
-        return str(row)
 
     @admin.display(description="tenant")
     def tenant_name(self, row: WorkflowVersion) -> SafeString | str:
