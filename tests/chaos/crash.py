@@ -215,12 +215,15 @@ def occupy(cluster: Cluster, ids: Ids, point: str) -> list[str]:
 
 
 def lead(cluster: Cluster, armed: Armed) -> None:
-    """Have the one lead that is to die: the other ends in order, which gives its lease away. Once
-    more where the one had just died a second time, and was not there to take it."""
+    """Have the one lead that is to die: the other ends in order, which gives its lease away, and
+    is back after the one took it. Once more where that one had just died a second time, and was not
+    there to take it."""
     for _ in range(MOST_TRIES):
         wait_for(lambda: armed.is_up and is_registered(cluster, armed.pid), 30)
-        cluster.restart(OTHER_DISPATCHER)
-        if until(lambda: cluster.rows(LEADER) == [(armed.pid,)], LEAD_S, 0.02):
+        cluster.terminate(OTHER_DISPATCHER)
+        leads = until(lambda: cluster.rows(LEADER) == [(armed.pid,)], LEAD_S, 0.02)
+        cluster.start(OTHER_DISPATCHER)
+        if leads:
             break
     else:
         raise AssertionError(f"{ARMED_DISPATCHER} never led")
