@@ -136,8 +136,7 @@ class World:
         Attempt.objects.filter(state="sent").update(state="unknown")
         self.redis = stores.redis_client()
         self.redis.flushdb()
-        counted.ask_once(self.redis)
-        self.redis.set("{limits}:epoch", 1)
+        counted.remember(self.redis)
         estimates._stats.clear()
         rate_limit.leases.held.clear()
         self.keys = {row.unit: f"{{limits}}:meter:{row.pk}" for row in Limit.objects.all()}

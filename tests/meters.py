@@ -13,12 +13,18 @@ BREAKER = struct.Struct("<4d")
 OPEN, COOLDOWN_US = 1, 10e6
 LEARNT = struct.Struct("<4d")
 NONE, OUTPUT, P95 = -1, 1, 2
+LONG_AGO = 1
 
 
-def ask_once(redis: Any) -> None:
-    """Have the server know the limiter's script: else it would be taken for just started."""
-    meters.run("room", (), {"places": (), "horizon": 0})
-    redis.delete(meters.PLACE)
+def remember(redis: Any, since_us: int = LONG_AGO) -> None:
+    """Redis remembers since then, in this run of the server: nothing waits for what was lost."""
+    redis.set(meters.PLACE, f"{redis.info('server')['run_id']} {since_us}")
+
+
+def remembers_since(redis: Any) -> int:
+    """Microseconds of the server's clock."""
+    _, since = redis.get(meters.PLACE).split()
+    return int(since)
 
 
 def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from llmtasks.guards.estimates import Need, Used
 from llmtasks.guards.rate_limit import Grant
 from llmtasks.guards.rules import Rule
 from llmtasks.models import WINDOWS, Limit
-from tests.meters import ask_once, settle_at_once
+from tests.meters import remember, settle_at_once
 
 CLOCK = "{limits}:clock"
 SCRIPT = meters.SCRIPT.replace(
@@ -88,8 +88,7 @@ class Limiter:
         monkeypatch.setattr(meters, "_idle", deque())
         settle_at_once(monkeypatch)
         self.set(START_US)
-        ask_once(redis)
-        redis.set(meters.PLACE, 1)
+        remember(redis)
 
     def set(self, now_us: int) -> None:
         assert now_us >= self.now_us

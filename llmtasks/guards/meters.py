@@ -41,7 +41,7 @@ MOST_A_TRIP = 20
 # Beyond that the oldest is dropped: while Redis is away.
 MOST_LATER = 10_000
 # A command's way through a cluster: every key of ours has this tag.
-PLACE = "{limits}:epoch"
+PLACE = "{limits}:since"
 SCRIPT = (Path(__file__).parent / "rate_limit.lua").read_bytes()
 
 

@@ -4,7 +4,7 @@
 -- tenant's and its key's limits at once or none.
 --
 -- key                                type    what                                       lives
--- {limits}:epoch                     string  since when Redis remembers (us)            for ever
+-- {limits}:since                     string  which run of Redis remembers since when    for ever
 -- {limits}:meter:<limit>[:<who>]     hash    state   packed, see STATE                  window
 --                                            <n>     used in the n-th 120th of the window
 --                                    zset    calls at once: attempt -> its lease's end  leases
@@ -39,25 +39,23 @@ local HEALTH, TRIES = { 'c', 'f' }, { 'c', 'x' }
 local PROBES, PROBES_TO_CLOSE = 3, 2
 local TRIES_SLOT, TRIES_SLOTS, TRIES_LEAST, TRIES_SHARE = 10e6, 6, 10, 0.2
 local WEEK_MS, HOUR_MS, SEEDING_MS = 604800000, 3600000, 10000
--- So long the libraries of two releases that see the same restart may be apart.
-local RESTART = 5e6
 -- What is left for a waiting call is left until it can have asked again.
 local CLAIM_SHARE, CLAIM_US = 1.2, 200000
 local NONE = -1
 
 -- Of the call: what it was given, and when.
 local keys, args, packed, now
--- The server was started since the last call, or knew another library: what it holds may be old.
-local is_started = true
+-- The id of this run of the server: it has another after each start.
+local run
 
-local function epoch(known)
-  local since = tonumber(known)
-  if not since or since > now or (is_started and now - since > RESTART) then
-    redis.call('SET', '{limits}:epoch', now)
-    since = now
-  end
-  is_started = false
-  return since
+local function epoch(kept)
+  -- Since when it remembers (us). What it read from its disk, or from a server that it replaces, may
+  -- be old: that was kept by another run.
+  run = run or string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  local since = kept and string.sub(kept, 1, #run) == run and tonumber(string.sub(kept, #run + 2))
+  if since and since <= now then return since end
+  redis.call('SET', '{limits}:since', string.format('%s %.0f', run, now))
+  return now
 end
 
 local operations = {}
@@ -393,7 +391,7 @@ end
 function operations.settle()
   if redis.call('DEL', '{limits}:taken:' .. args.attempt) == 0 then return { '{}', '' } end
   local place = args.place
-  local known, breaker, learnt = unpack(redis.call('MGET', '{limits}:epoch',
+  local known, breaker, learnt = unpack(redis.call('MGET', '{limits}:since',
     '{limits}:circuit:' .. place, '{limits}:learnt:' .. place))
   local since = epoch(known)
   for _, m in ipairs(meters()) do
@@ -563,7 +561,7 @@ function operations.take()
   local marker = '{limits}:taken:' .. args.attempt
   local place = args.place
   local taken, gate, known, breaker = unpack(redis.call('MGET', marker, '{limits}:gate:' .. place,
-    '{limits}:epoch', '{limits}:circuit:' .. place))
+    '{limits}:since', '{limits}:circuit:' .. place))
   if taken then return granted(tonumber(taken), meters()) end
   if gate and tonumber(gate) > now then return refused(gate - now, 'gate') end
   local wait = breaker and wait_for_breaker(place, breaker) or 0
@@ -615,7 +613,7 @@ end
 function operations.move()
   -- The call goes out later than it was let through: it counts from now.
   local marker = '{limits}:taken:' .. args.attempt
-  local at, known = unpack(redis.call('MGET', marker, '{limits}:epoch'))
+  local at, known = unpack(redis.call('MGET', marker, '{limits}:since'))
   if not at then return { '{}', since_when(now) } end
   local since = epoch(known)
   local found, worst, index = meters(), 0, nil
@@ -633,7 +631,7 @@ end
 
 function operations.renew()
   -- One that ended meanwhile does not come back; after a loss of Redis all do.
-  local since = epoch(redis.call('GET', '{limits}:epoch'))
+  local since = epoch(redis.call('GET', '{limits}:since'))
   for i, attempt in ipairs(args.attempts) do
     if now - since < args.quiet then
       redis.call('ZADD', keys[i], now + args.lease, attempt)
@@ -648,7 +646,7 @@ end
 function operations.seed()
   -- What Postgres knows of the window, where nobody was faster.
   local m = meters()[1]
-  local since = epoch(redis.call('GET', '{limits}:epoch'))
+  local since = epoch(redis.call('GET', '{limits}:since'))
   read_rate(m, since)
   if not m.is_lost then return '{}' end
   redis.call('DEL', m.key)
@@ -697,7 +695,7 @@ end
 
 function operations.room()
   local rooms, places = {}, {}
-  local since = epoch(redis.call('GET', '{limits}:epoch'))
+  local since = epoch(redis.call('GET', '{limits}:since'))
   for i, m in ipairs(meters()) do rooms[i] = room_of(m, since) end
   for i, place in ipairs(args.places) do
     local breaker, gate, learnt = unpack(redis.call('MGET', '{limits}:circuit:' .. place,

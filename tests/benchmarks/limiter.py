@@ -99,12 +99,13 @@ def measure(redis_url: str, calls: int) -> list[dict[str, Any]]:
     """One round: calls without limits, with the account's three, with all six; on all cores, and
     where Linux can hold it there with the server on one. The server is this machine's."""
     from llmtasks.models import ApiKey
+    from tests.meters import remember
 
     key = ApiKey.objects.get(tenant__name="limited")
     with redis.Redis.from_url(redis_url) as server:
-        # It knows the script, and remembers since long ago: nothing waits for what was lost.
+        # It knows the script, and nothing waits for what was lost.
         timed("unlimited", uuid7(), None)
-        server.set("{limits}:epoch", 1)
+        remember(server)
         callers = (
             ("unlimited", uuid7(), None),
             (PROVIDER, uuid7(), None),

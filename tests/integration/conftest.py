@@ -17,7 +17,6 @@ from tests import factories
 from tests.admin_pages import everything, login, provider, steered, tenant  # noqa: F401
 from tests.corridor import door, lose_statement, short_waits, vendor  # noqa: F401
 from tests.hedging import hedged, second  # noqa: F401
-from tests.meters import ask_once
 
 # Tests share two cores: who waits a while for an answer has seen no outage.
 meters.TIMEOUT_S = 5.0
@@ -92,7 +91,6 @@ def redis(forget: None) -> Any:
     """The test process's own Redis database, empty."""
     client = stores.redis_client()
     client.flushdb()
-    ask_once(client)
     return client
 
 

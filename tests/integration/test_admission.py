@@ -30,7 +30,7 @@ from tests.corridor import (
     queue,
     until,
 )
-from tests.meters import used
+from tests.meters import remember, used
 from tests.unit.scripted import Peer, Scripted, answer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -39,7 +39,7 @@ A_SECOND = timedelta(seconds=1)
 
 @pytest.fixture
 def tenant(account: Provider, redis: Any) -> Tenant:
-    redis.set("{limits}:epoch", 1)  # it remembers since long ago
+    remember(redis)
     return factories.tenant()
 
 

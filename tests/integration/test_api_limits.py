@@ -7,13 +7,14 @@ import pytest
 from llmtasks.models import Attempt, Limit, Provider, Task
 from tests import factories
 from tests.callers import Caller, body_of
+from tests.meters import remember
 
 OPENAI = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
 
 
 @pytest.fixture
 def caller(account: Provider, redis: Any) -> Caller:
-    redis.set("{limits}:epoch", 1)  # it remembers since long ago
+    remember(redis)
     factories.route("echo", (account, "echo"))
     factories.route("embed", (account, "embed"), kind="embedding")
     return Caller(factories.tenant())

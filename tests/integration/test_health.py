@@ -15,11 +15,12 @@ from llmtasks.guards import meters, rate_limit, readings, rules
 from llmtasks.guards.rate_limit import Need, Used
 from llmtasks.models import ApiKey, Config, Limit, Provider, ProviderModel
 from tests import factories
+from tests.meters import remember
 
 
 @pytest.fixture
 def vendor(transactional_db: None, redis: Any) -> Provider:
-    redis.set("{limits}:epoch", 1)
+    remember(redis)
     account = factories.provider(name="vendor")
     ProviderModel.objects.create(provider=account, name="m")
     ProviderModel.objects.create(provider=account, name="other")

@@ -28,7 +28,7 @@ from tests.corridor import (
     until,
 )
 from tests.hedging import P95_MS, SLOW, errors_of, first_waits, is_called, nobody_calls
-from tests.meters import P95, learnt, open_breaker, put_p95
+from tests.meters import P95, learnt, open_breaker, put_p95, remember
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -206,7 +206,7 @@ def test_a_second_that_is_not_admitted_is_not_waited_for(
         rules._rules = None
         key = f"{{limits}}:meter:{Limit.objects.get().pk}"
         redis.zadd(key, {"somebody": (time.time() + 60) * 1e6})
-        redis.set("{limits}:epoch", 1)
+        remember(redis)
     elif why == "gate":
         redis.set("{limits}:gate:second/echo", int((time.time() + 60) * 1e6))
     else:
@@ -235,7 +235,7 @@ def test_the_limits_of_both_are_given_back(
     for provider in (account, second):
         Limit.objects.create(provider=provider, unit="concurrency", amount=5)
     rules._rules = None
-    redis.set("{limits}:epoch", 1)
+    remember(redis)
     hedged((account, "slow-300"), (second, SLOW))
     first_waits(monkeypatch, is_called(sandbox))
     assert errors_of(inline(tenant, "smart").task) == ["", "Outrun"]

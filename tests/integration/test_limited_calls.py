@@ -13,14 +13,14 @@ from providers.sandbox_answers import tokens
 from providers.types import Image, Message, Request
 from tests import factories
 from tests.corridor import until
-from tests.meters import OUTPUT, learnt, used
+from tests.meters import OUTPUT, learnt, remember, used
 
 TEXT = "one two three four"
 
 
 @pytest.fixture
 def tenant(account: Provider, redis: Any) -> Tenant:
-    redis.set("{limits}:epoch", 1)  # it remembers since long ago
+    remember(redis)
     return factories.tenant()
 
 

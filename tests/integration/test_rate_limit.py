@@ -14,14 +14,14 @@ from llmtasks.guards.rate_limit import Grant, Need, Refusal, Told, Used
 from llmtasks.models import Limit, Provider, ProviderEvent
 from tests import factories
 from tests.corridor import until
-from tests.meters import open_breaker, settle_at_once, used
+from tests.meters import open_breaker, remember, settle_at_once, used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
 
 
 @pytest.fixture
 def vendor(transactional_db: None, redis: Any) -> Provider:
-    redis.set("{limits}:epoch", 1)  # it remembers since long ago
+    remember(redis)
     return factories.provider(name="vendor")
 
 

@@ -14,10 +14,9 @@ from llmtasks.guards import meters, rate_limit, rules, seeds
 from llmtasks.guards.rate_limit import Grant, Need, Refusal, Used
 from llmtasks.models import Attempt, Limit, Provider
 from tests import factories
-from tests.meters import settle_at_once, used
+from tests.meters import LONG_AGO, remember, remembers_since, settle_at_once, used
 
 NEED = Need(input_tokens=10, output_tokens=20, expected_input=10, expected_output=20)
-LONG_AGO = 1
 
 
 @pytest.fixture
@@ -120,29 +119,39 @@ def test_a_count_that_takes_too_long_is_a_full_window(
     assert 0 < refused.wait_s <= 86_400 / 120 * 3
 
 
-def test_a_server_that_was_started_anew_knows_nothing(
-    vendor: Provider, redis: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it read from its disk may be old: the script that it does not know tells."""
-    redis.set("{limits}:epoch", LONG_AGO)
+def test_what_another_run_of_the_server_knew_may_be_old(vendor: Provider, redis: Any) -> None:
+    """It read it from its disk, or from the server that it replaces."""
+    remember(redis)
     key = limit(vendor, "requests", 10, "minute", burst=10)
     assert isinstance(take(), Grant)
     for _ in range(8):
         attempt()
-    # One that this server never saw, since others use the server as well.
-    name, library = meters.library(meters.SCRIPT + b"\n-- " + uuid7().hex.encode())
-    monkeypatch.setattr(meters, "NAME", name)
-    monkeypatch.setattr(meters, "LIBRARY", library)
+    redis.set(meters.PLACE, "f" * 40 + f" {LONG_AGO}")
     assert isinstance(take(), Grant)
-    assert int(redis.get("{limits}:epoch")) > LONG_AGO
+    assert remembers_since(redis) > LONG_AGO
     assert used(redis, key) == 9
     assert isinstance(take(), Grant)
     assert isinstance(take(), Refusal)
 
 
+def test_another_release_goes_on_with_what_the_server_knows(
+    vendor: Provider, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(redis)
+    key = limit(vendor, "requests", 10, "minute", burst=10)
+    assert [type(take()) for _ in range(9)] == [Grant] * 9
+    # Its script is one that this server never ran, since others use the server as well.
+    name, library = meters.library(meters.SCRIPT + b"\n-- " + uuid7().hex.encode())
+    monkeypatch.setattr(meters, "NAME", name)
+    monkeypatch.setattr(meters, "LIBRARY", library)
+    assert [type(take()) for _ in range(2)] == [Grant, Refusal]
+    assert remembers_since(redis) == LONG_AGO
+    assert used(redis, key) == 10
+
+
 def test_a_second_passes_before_a_second_is_used_again(vendor: Provider, redis: Any) -> None:
     limit(vendor, "requests", 10, "second")
-    redis.delete("{limits}:epoch")
+    redis.delete("{limits}:since")
     refused = take()
     assert isinstance(refused, Refusal)
     assert 0.9 < refused.wait_s < 1.2
@@ -153,10 +162,10 @@ def test_leases_come_back_before_others_are_given(
 ) -> None:
     settings.LLMTASKS = settings.LLMTASKS | {"LEASE_S": 30, "RENEW_S": 10.0}
     key = limit(vendor, "concurrency", 1)
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     held = take()
     assert isinstance(held, Grant)
-    redis.delete("{limits}:epoch", key)
+    redis.delete("{limits}:since", key)
     refused = take()
     assert isinstance(refused, Refusal)
     assert 10.0 < refused.wait_s <= 15.0
@@ -168,7 +177,7 @@ def test_a_renewal_does_not_bring_back_what_has_ended(
     vendor: Provider, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settle_at_once(monkeypatch)
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     key = limit(vendor, "concurrency", 1)
     held = take()
     assert isinstance(held, Grant)
@@ -189,7 +198,7 @@ def test_a_connection_that_the_server_closed_is_no_outage(vendor: Provider, redi
 def test_a_limit_whose_window_was_changed_counts_all_as_used_now(
     vendor: Provider, redis: Any
 ) -> None:
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     limit(vendor, "requests", 2, "minute", burst=2)
     assert isinstance(take(), Grant)
     Limit.objects.update(window="hour")
@@ -204,7 +213,7 @@ def test_a_limit_whose_window_was_changed_counts_all_as_used_now(
 
 
 def test_a_limit_that_was_raised_has_room_at_once(vendor: Provider, redis: Any) -> None:
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     limit(vendor, "requests", 12, "hour", burst=10)
     assert [type(take()) for _ in range(11)] == [Grant] * 10 + [Refusal]
     Limit.objects.update(amount=120, burst=24)
@@ -214,7 +223,7 @@ def test_a_limit_that_was_raised_has_room_at_once(vendor: Provider, redis: Any) 
 
 
 def test_a_limit_that_was_lowered_is_a_full_bucket_at_most(vendor: Provider, redis: Any) -> None:
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     limit(vendor, "requests", 1_200, "minute", burst=1000)
     assert [type(take()) for _ in range(300)] == [Grant] * 300
     Limit.objects.update(amount=600, burst=2)
@@ -230,7 +239,7 @@ def test_no_key_stays_for_ever(
 ) -> None:
     """A call that outlasts its window leaves nothing behind."""
     settle_at_once(monkeypatch)
-    redis.set("{limits}:epoch", LONG_AGO)
+    remember(redis)
     key = limit(vendor, "tokens", 1000, "second")
     held = take()
     assert isinstance(held, Grant)
@@ -238,6 +247,6 @@ def test_no_key_stays_for_ever(
     rate_limit.settle(held, Used(input_tokens=1, output_tokens=2), ms=100, health="ok")
     assert not redis.exists(key)
     for name in redis.keys("{limits}:*"):
-        if name not in (b"{limits}:epoch", b"{limits}:errors"):
+        if name not in (b"{limits}:since", b"{limits}:errors"):
             # -1: for ever. -2: its time was over since it was listed.
             assert redis.pttl(name) != -1, name

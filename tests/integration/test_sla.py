@@ -13,14 +13,14 @@ from llmtasks.models import Attempt, Limit, Provider, Task
 from providers.sandbox import Sandbox
 from tests import factories
 from tests.callers import Caller, work_off
-from tests.meters import open_breaker, settle_at_once
+from tests.meters import open_breaker, remember, settle_at_once
 
 NOBODY_WAITS = {"Prefer": "wait=0"}
 
 
 @pytest.fixture
 def caller(account: Provider, redis: Any, monkeypatch: pytest.MonkeyPatch) -> Caller:
-    redis.set("{limits}:epoch", 1)  # it remembers since long ago
+    remember(redis)
     settle_at_once(monkeypatch)
     # What is queued is answered at once: there is no worker to be waited for.
     monkeypatch.setattr("llmtasks.api.tasks.watched", lambda task, wait: task)
