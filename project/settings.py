@@ -75,6 +75,8 @@ MIDDLEWARE = [
 ]
 
 ROOT_URLCONF = "project.urls"
+# Where the login page was asked for by itself.
+LOGIN_REDIRECT_URL = "admin:index"
 WSGI_APPLICATION = "project.wsgi.application"
 APPEND_SLASH = False
 

@@ -5,6 +5,7 @@ from decimal import Decimal
 
 import pytest
 from django.apps import apps
+from django.contrib.auth.models import User
 from django.core import checks
 from django.urls import reverse
 from django.utils import timezone
@@ -166,6 +167,13 @@ def test_staff_without_permissions_see_nothing(login, everything):
 def test_others_are_sent_to_the_login(client, tenant):
     for url in (reverse("admin:index"), changelist("task"), reverse("admin:llmtasks_task_steer")):
         assert client.get(url).url.startswith("/admin/login/")
+
+
+def test_the_login_page_leads_to_the_start_page(client, transactional_db):
+    User.objects.create_superuser("operator", password="correct horse")
+    given = {"username": "operator", "password": "correct horse"}
+    answer = client.post(reverse("admin:login"), given)
+    assert (answer.status_code, answer["Location"]) == (302, reverse("admin:index"))
 
 
 # --- how values look ----------------------------------------------------------------------------
