@@ -330,6 +330,11 @@ def config_version() -> int:
     return start().version
 
 
+def look() -> None:
+    """Learn of edits now, and not within `PERIOD_S`."""
+    start().tick()
+
+
 def config_is_fresh() -> bool:
     """Whether what was cached under `config_version` may still be used."""
     return time.monotonic() - start().read_at < CONFIG_VALID_S

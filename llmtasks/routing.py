@@ -197,8 +197,9 @@ def check_credential(chosen: Candidate) -> None:
 
 
 def find(name: str, kind: str) -> Route:
-    """The route of a model name. Raises `InvalidInput` where there is none of that kind."""
-    route = snapshot().routes.get(name)
+    """The route of a model name. Raises `InvalidInput` where there is none of that kind,
+    `OperationalError` where Postgres is away and none is known."""
+    route = snapshot().routes.get(name) or made_since(name)
     if route is None:
         raise UnknownModel(
             f"there is no model {name!r}: GET /v1/models lists those that you may use",
@@ -210,6 +211,15 @@ def find(name: str, kind: str) -> Route:
     if not route.candidates:
         raise InvalidInput(f"{name!r} has no candidates: add one in the admin", param="model")
     return route
+
+
+def made_since(name: str) -> Route | None:
+    """A route that was made after our pulse looked last: another process may have accepted work for
+    it already. Raises `OperationalError`."""
+    if not RouteRow.objects.filter(name=name, is_active=True).exists():
+        return None
+    pulse.look()
+    return snapshot().routes.get(name)
 
 
 def supporting(route: Route, request: Request | EmbeddingRequest) -> tuple[Candidate, ...]:

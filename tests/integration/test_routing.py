@@ -38,6 +38,13 @@ def test_an_inactive_route_is_none(account):
         routing.find("smart", "chat")
 
 
+def test_a_route_that_another_process_knows_already_is_found(account):
+    """Ours would see it with the next beat of its pulse."""
+    assert "smart" not in routing.snapshot().routes
+    factories.route("smart", (account, "a"))
+    assert [c.model for c in routing.find("smart", "chat").candidates] == ["a"]
+
+
 @pytest.mark.parametrize(("kind", "path"), [("chat", "chat"), ("embedding", "embeddings")])
 def test_a_model_of_another_kind_names_the_right_path(account, kind, path):
     factories.route("smart", (account, "a"), kind=kind)
